@@ -1,0 +1,47 @@
+# make demo      explain a photograph with a real network; figure and maps under out/demo/
+# make test      lint, types, tests, doctests and notebooks
+# make test-all  the slow tests too
+#
+# Each sets up what it needs in .venv first, from nothing but Python 3.10 or later.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-all check
+.DELETE_ON_ERROR:
+
+demo: .venv/demo-ready
+	$(BIN)/pullback explain "$$($(BIN)/python -c 'import skimage; print(skimage.data_dir)')/chelsea.png" \
+		--method gradient,guided_backprop,integrated_gradients,grad_cam --targets top5 --out out/demo
+
+test: check
+	$(PYTEST)
+
+test-all: check
+	$(PYTEST) -m ""
+
+check: .venv/test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# torch comes first, alone: what follows then finds it installed and fetches no other build of it.
+.venv/torch-ready: Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) $(TORCH)
+	$(PIP) --no-deps $(TORCHVISION)
+	touch $@
+
+.venv/demo-ready: .venv/torch-ready pyproject.toml
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+.venv/test-ready: .venv/torch-ready pyproject.toml
+	$(PIP) --editable '.[test]'
+	touch $@

@@ -1,0 +1,36 @@
+"""What every test stands on: one thread, fixed seeds, and a torchvision that imports on any build of torch."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would fetch weights must fail, not fetch
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def _let_torchvision_import() -> None:
+    # torchvision registers fake kernels for its own operators on import. Where its compiled half is missing or was
+    # built for another torch, the operators do not exist and the import fails; declared, they need no kernel.
+    global _library
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        _library = torch.library.Library("torchvision", "DEF")
+        _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except ImportError:
+        pass
+
+
+_let_torchvision_import()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002: third-party code draws from it
