@@ -33,4 +33,4 @@ _let_torchvision_import()
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002: third-party code draws from it
+    np.random.seed(0)  # noqa: NPY002 (other packages draw from it)
