@@ -246,7 +246,7 @@ def test_factories(toys, name, capsys):
         ("timm:resnet19", "unknown timm model 'resnet19'; close to it: .*resnet18"),
         ("timm:hf_hub:somebody/model", "unknown timm model"),
         ("no_such_package:model", "no module 'no_such_package'"),
-        ("toys:liner", "unknown name in 'toys' 'liner'; close to it: linear"),
+        ("toys:liner", "unknown factory in toys: 'liner'; close to it: linear"),
         ("toys:broken", "the model 'toys:broken' could not be made: out of"),
         ("toys:number", "must give a torch.nn.Module, got int"),
         (":", "unknown model ':'"),

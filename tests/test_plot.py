@@ -98,7 +98,7 @@ def test_plot_draws_where_it_is_told():
     _, (left, right) = plt.subplots(1, 2)
     assert plot.plot(torch.rand(4, 4), ax=left, title="alone") is left
     assert left.get_title() == "alone"
-    assert np.asarray(left.images[0].get_array()).shape == (4, 4)
+    assert np.asarray(left.images[0].get_array()).shape == (4, 4, 4)
     assert plot.plot(torch.rand(4, 4), GREY, ax=right, colorbar=False) is right
     assert np.asarray(right.images[0].get_array()).shape == (8, 8, 3)
     plt.figure()

@@ -199,7 +199,7 @@ def _from_factory(module_name: str, path: str) -> nn.Module:
         raise Problem(f"no module {error.name!r} to take the model from: install it or run from its folder") from error
     for part in path.split("."):
         if not hasattr(found, part):
-            raise Problem(unknown(f"name in {module_name!r}", part, [n for n in dir(found) if not n.startswith("_")]))
+            raise Problem(unknown(f"factory in {module_name}:", part, [n for n in dir(found) if n[0] != "_"]))
         found = getattr(found, part)
     model = found if isinstance(found, nn.Module) else found() if callable(found) else None
     if not isinstance(model, nn.Module):

@@ -122,8 +122,7 @@ def chosen_methods(text: str, settings: Iterable[str], layer: str) -> dict[str, 
     chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
     accepted = {name: method_options(known[name]) for name in names}
     for name in names:
-        asked = "layer" in accepted[name] and (layer != "auto" or is_required(accepted[name]["layer"]))
-        if asked:
+        if "layer" in accepted[name] and (layer != "auto" or is_required(accepted[name]["layer"])):
             chosen[name]["layer"] = layer
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -137,7 +136,7 @@ def chosen_methods(text: str, settings: Iterable[str], layer: str) -> dict[str, 
             options = {o for name in ([owner] if dot else names) for o in accepted[name]}
             raise Problem(unknown("option", option, options) + f"; there are: {', '.join(sorted(options))}")
         for name in takers:
-            chosen[name][option] = _literal(value.strip())
+            chosen[name][option] = value.strip() if option == "layer" else _literal(value.strip())
     for name in names:
         for option, parameter in accepted[name].items():
             if is_required(parameter) and option not in chosen[name]:
@@ -160,20 +159,28 @@ def _literal(text: str) -> Any:
 
 
 def last_spatial_layer(params: Any, model: nn.Module, x: Tensor) -> str:
-    """The last layer with positions that the score depends on at more than one place.
+    """The last layer with several positions that the score depends on.
 
-    The second half of the condition is for transformers: after the last attention only the class token matters, and a
-    map of that layer would be empty.
+    What it depends on has to be tried: after its last attention a transformer reads the class token only, and a map of
+    that layer would be empty. A layer that is called more than once has no one place in the network and is left out.
     """
-    probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    for name, shapes in reversed(list(pullback.layers(params, model, probe).items())):
-        if len(shapes) != 1 or not name or _positions(shapes[0]) < 2:
-            continue
-        attribution = pullback.gradient(params, model, probe, target=0, layer=name)
-        channel_axis = 1 if attribution.ndim == 4 else -1
-        if (attribution.abs().amax(channel_axis) > 0).sum() > 1:
-            return name
+    layers = pullback.layers(params, model, x)
+    for name in _last_first(layers):
+        if len(layers[name]) == 1 and _positions(layers[name][0]) > 1:
+            attribution = pullback.gradient(params, model, x, target=0, layer=name)
+            channel_axis = 1 if attribution.ndim == 4 else -1
+            if (attribution != 0).any(channel_axis).sum() > 1:
+                return name
     raise Problem("no layer of the model has positions to draw a map of; take a method that needs no layer")
+
+
+def _last_first(names: Iterable[str]) -> list[str]:
+    """Layers by when they are done, the last one first: a layer is done after the layers in it."""
+    names, ordered = list(names), {}
+    for name in reversed(names):
+        parts = name.split(".")
+        ordered |= dict.fromkeys(".".join(parts[:n]) for n in range(1, len(parts) + 1))
+    return [name for name in ordered if name in names and name]
 
 
 def _positions(shape: torch.Size) -> int:
@@ -230,7 +237,7 @@ class Task:
         arrays |= {"image": pixels, "targets": np.array(targets), "metadata": np.array(json.dumps(metadata))}
         files = {
             out.with_name(f"{out.name}-explained.png"): lambda file: figure.savefig(file, format="png", dpi=120),
-            out.with_name(f"{out.name}-maps.npz"): lambda file: np.savez(file, **arrays),
+            out.with_name(f"{out.name}-maps.npz"): lambda file: np.savez(file, **arrays),  # pyright: ignore[reportArgumentType]
         }
         write_together(files)
 
@@ -333,7 +340,8 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
         for path, draft in drafts.items():
             draft.replace(path)
     except OSError as error:
-        raise Problem(f"could not be written to {str(path.parent)!r}: {error.strerror or error}") from error
+        folder = next(iter(files)).parent
+        raise Problem(f"could not be written to {str(folder)!r}: {error.strerror or error}") from error
     finally:
         for draft in drafts.values():
             draft.unlink(missing_ok=True)
@@ -451,7 +459,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"pullback {version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    network = argparse.ArgumentParser(add_help=False)
+    network = Parser(add_help=False)
     add = network.add_argument_group("network").add_argument
     models = "efficientnet-lite0 (default; has its weights), torchvision:NAME, timm:NAME, package.module:factory"
     add("--model", default="efficientnet-lite0", metavar="NAME", help=models)

@@ -118,7 +118,7 @@ def plot(
     limit = _limit(values) if limit is None else limit
     colours = _colours(signed, limit)
     if image is None:
-        ax.imshow(values, cmap=colours.cmap, norm=colours.norm, interpolation="nearest")
+        ax.imshow(colours.to_rgba(values), interpolation="nearest")
     else:
         ax.imshow(overlay(image, values, signed=signed, limit=limit))
     _bare(ax)
