@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -199,7 +200,7 @@ def settle_layers(methods: Mapping[str, dict[str, Any]], params: Any, model: nn.
         for options in asked:
             if options["layer"] == "auto":
                 found = options["layer"] = found or last_spatial_layer(params, model, probe)
-            name = str(options["layer"]).partition(":")[0]
+            name = re.split("[:#]", options["layer"])[0]  # "name:1" is a part, "name#0" a call of it
             if name not in known:
                 raise Problem(unknown("layer", name, known) + "; `pullback layers` lists them all")
 
@@ -220,7 +221,7 @@ class Task:
     chunk_size: int | str
     show: int
     smooth: float
-    done: Callable[[str], None]  # called after each method
+    bar: Any
 
     def explain(self, path: Path, out: Path) -> list[str]:
         """Explain one photograph and write figure and maps; the lines to print."""
@@ -231,7 +232,7 @@ class Task:
         targets = self.choose(probabilities)
         attributions = {name: self.attribution(name, x, targets) for name in self.methods}
 
-        figure = self.figure(pixels, probabilities, targets, attributions, path.name)
+        figure = self.figure(path.name, pixels, x, probabilities, targets, attributions)
         metadata = self.metadata(path, probabilities, targets)
         arrays = {name: attribution.numpy() for name, attribution in attributions.items()}
         arrays |= {"image": pixels, "targets": np.array(targets), "metadata": np.array(json.dumps(metadata))}
@@ -249,20 +250,22 @@ class Task:
 
     def attribution(self, name: str, x: Tensor, targets: Sequence[int]) -> Tensor:
         """``[target ...]``, all targets from one forward of the model."""
+        self.bar.set_description_str(name, refresh=False)
         over = pullback.over_targets(public_methods()[name], chunk_size=self.chunk_size)
         with told_as(f"{name} failed"):
             indices = torch.tensor(targets, device=self.device)
             result = over(self.params, self.network.model, x, indices, **self.methods[name])
-        self.done(name)
+        self.bar.update()
         return result.detach().float().cpu().squeeze(1)  # the batch of one
 
     def figure(
         self,
+        title: str,
         pixels: np.ndarray,
+        x: Tensor,
         probabilities: Tensor,
         targets: Sequence[int],
         attributions: Mapping[str, Tensor],
-        title: str,
     ) -> Any:
         from matplotlib.figure import Figure
 
@@ -272,9 +275,7 @@ class Task:
         rows = {}
         for name, attribution in attributions.items():
             layer = self.methods[name].get("layer")
-            rows[name + (f"\n{layer}" if layer else "")] = drawn(
-                name, attribution[: len(shown)], pixels.shape[:2], self.smooth
-            )
+            rows[name + (f"\n{layer}" if layer else "")] = drawn(name, attribution[: len(shown)], x, self.smooth)
         columns = [f"{self.label(i)}\n{i} · {percent(probabilities[i].item())}" for i in shown]
         best = probabilities.topk(min(5, len(probabilities))).indices.tolist()
         predictions = [(self.label(i), probabilities[i].item()) for i in best]
@@ -314,20 +315,21 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
     return scores[0].float().softmax(0).cpu()
 
 
-def drawn(method: str, attribution: Tensor, size: tuple[int, ...], smooth: float) -> Tensor:
+def drawn(method: str, attribution: Tensor, x: Tensor, smooth: float) -> Tensor:
     """What a figure shows of an attribution ``[target ...]``: maps ``[target height width]``.
 
-    Single pixels cannot be seen, so maps as fine as the image, of `size`, are smoothed; `smooth` is a part of its side.
+    Single pixels cannot be seen, so maps as fine as the image are smoothed; `smooth` is a part of its longer side.
     """
-    if attribution.ndim == 3:  # a layer's [target token channel]: tokens stand in a square, after those of no place
-        side = int(attribution.shape[1] ** 0.5)
-        attribution = attribution[:, -side * side :].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if attribution.ndim == 3:
+        with told_as(f"{method} gives no map"):
+            attribution = maps.token_grid(attribution, x)
     if attribution.ndim != 4:
         shape = list(attribution.shape[1:])
         raise Problem(f"{method} gives an attribution of shape {shape}, which is no map: choose a layer with positions")
     reduce = maps.channel_peak if method in PEAK_OVER_CHANNELS else maps.channel_sum
-    reduced = attribution if attribution.shape[1] == 1 else reduce(attribution)
-    return (maps.smooth(reduced, smooth) if smooth and reduced.shape[2:] == size else reduced)[:, 0]
+    map = attribution if attribution.shape[1] == 1 else reduce(attribution)
+    size = map.shape[2:]
+    return (maps.smooth(map, smooth * max(size)) if size == x.shape[2:] else map)[:, 0]
 
 
 def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
@@ -352,8 +354,7 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], Any]]) -> None:
 
 def explain(arguments: argparse.Namespace) -> int:
     """Explain each photograph; 2 if one of them could not be."""
-    needed("cli", "matplotlib", "PIL")
-    (progress,) = needed("cli", "tqdm")
+    needed("cli", "matplotlib", "PIL", "tqdm")
     methods = chosen_methods(arguments.method, arguments.option, arguments.layer)
     device, network, probe = set_up(arguments)
     params = pullback.params_of(network.model)
@@ -368,15 +369,9 @@ def explain(arguments: argparse.Namespace) -> int:
         raise Problem(f"cannot write to {str(out)!r}: {error.strerror}; choose another --out") from error
 
     failed = False
-    total = len(arguments.images) * len(methods)
-    with progress.tqdm(total=total, unit="map", delay=1, leave=False, disable=None) as bar:
-
-        def done(method: str) -> None:
-            bar.set_postfix_str(method, refresh=False)
-            bar.update()
-
+    with progress_bar(len(arguments.images) * len(methods)) as bar:
         chunk_size = arguments.chunk_size or "auto"
-        task = Task(network, device, params, methods, choose, names, chunk_size, arguments.show, arguments.smooth, done)
+        task = Task(network, device, params, methods, choose, names, chunk_size, arguments.show, arguments.smooth, bar)
         stems = distinct([Path(path).stem for path in arguments.images])
         for i, (path, stem) in enumerate(zip(arguments.images, stems, strict=True), start=1):
             try:
@@ -386,6 +381,27 @@ def explain(arguments: argparse.Namespace) -> int:
             bar.write("\n".join(lines), file=stream)
             bar.update(i * len(methods) - bar.n)
     return 2 if failed else 0
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Any]:
+    """A bar on a terminal, once it takes more than a second; its clock runs on while a method does."""
+    (tqdm,) = needed("cli", "tqdm")
+    look = "{desc}: {bar:30} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+    with tqdm.tqdm(total=total, bar_format=look, delay=1, leave=False, disable=None) as bar:
+        over = threading.Event()
+
+        def tick() -> None:
+            while not over.wait(timeout=1):
+                bar.refresh()
+
+        clock = threading.Thread(target=tick, daemon=True)
+        clock.start()
+        try:
+            yield bar
+        finally:
+            over.set()
+            clock.join()
 
 
 def set_up(arguments: argparse.Namespace) -> tuple[torch.device, Network, Tensor]:
