@@ -1,0 +1,31 @@
+"""Explain PyTorch models by pure functions on `torch.func`."""
+
+from pullback._call import PullbackWarning as PullbackWarning
+from pullback._call import layers as layers
+from pullback._call import params_of as params_of
+from pullback._targets import over_targets as over_targets
+from pullback.cam import grad_cam as grad_cam
+from pullback.cam import linear_approx as linear_approx
+from pullback.gradients import deconvnet as deconvnet
+from pullback.gradients import gradient as gradient
+from pullback.gradients import guided_backprop as guided_backprop
+from pullback.gradients import input_x_gradient as input_x_gradient
+from pullback.gradients import saliency as saliency
+from pullback.noise import smooth_grad as smooth_grad
+from pullback.paths import integrated_gradients as integrated_gradients
+
+__all__ = [
+    "PullbackWarning",
+    "layers",
+    "params_of",
+    "over_targets",
+    "grad_cam",
+    "linear_approx",
+    "deconvnet",
+    "gradient",
+    "guided_backprop",
+    "input_x_gradient",
+    "saliency",
+    "smooth_grad",
+    "integrated_gradients",
+]

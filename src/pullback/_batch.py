@@ -1,0 +1,52 @@
+"""Evaluate several copies of a batch together: fold copies into the batch axis, a chunk of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def chunks(count: int, size: int | None) -> Iterator[range]:
+    """Cut ``range(count)`` into ranges of at most `size`."""
+    if size is not None and size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {size}.")
+    size = size or count
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
+
+
+def each(function: Callable[..., Any], *trees: Any) -> Any:
+    """Apply a function to the tensors of one or several equal structures (tensor, tuple, dict; `None` stays)."""
+    first = trees[0]
+    if isinstance(first, Mapping):
+        return {key: each(function, *(tree[key] for tree in trees)) for key in first}
+    if isinstance(first, tuple | list):
+        return tuple(each(function, *parts) for parts in zip(*trees, strict=True))
+    return None if first is None else function(*trees)
+
+
+def folded(copies: Tensor) -> Tensor:
+    """Fold ``[copy batch ...]`` into ``[(copy batch) ...]``."""
+    return copies.flatten(0, 1)
+
+
+def unfolded(values: Tensor, copies: int) -> Tensor:
+    """Lay ``[(copy batch) ...]`` out as ``[copy batch ...]``."""
+    return values.unflatten(0, (copies, values.shape[0] // copies))
+
+
+def repeated(value: Any, copies: int, batch: int) -> Any:
+    """Repeat what has one entry per example (a target, an integer input) for each copy; leave the rest."""
+    if isinstance(value, list | tuple) and len(value) == batch:
+        return list(value) * copies
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value) if hasattr(value, "__array__") else value
+        except (TypeError, ValueError):
+            return value
+    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
+        return value.repeat(copies, *[1] * (value.ndim - 1))
+    return value

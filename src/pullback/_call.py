@@ -1,0 +1,598 @@
+"""Call a model as a pure function, and pull cotangents back through the call.
+
+`pullback` is the one wrapper on `torch.func.vjp`: every gradient-like method is `pull(cotangent(output, target))`.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp
+
+from pullback import _native
+from pullback._ops import Table, compiling, swapped
+from pullback._probe import described, known, probe, remember, shapes
+from pullback._shell import Params, Shell, is_scripted, named_layers
+from pullback._taps import Seen, Site, around, attach
+from pullback._targets import check_indices, check_range, measuring, note_forward, readable, shared_pull
+
+Model: TypeAlias = "nn.Module | Callable[[Any, Any], Any]"
+Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
+Target: TypeAlias = "int | Sequence[int] | np.ndarray | Tensor | Callable[[Tensor], Tensor] | None"
+Select: TypeAlias = "str | int | Callable[[Any], Tensor] | None"
+
+
+class PullbackWarning(UserWarning):
+    """Something in the model is explained otherwise than the caller may expect."""
+
+
+def params_of(model: nn.Module) -> dict[str, Tensor]:
+    """Collect parameters and floating-point buffers by name, detached.
+
+    Wrappers (`torch.compile`, `DataParallel`) leave no trace in the names. Integer buffers stay with the model, so that
+    `torch.func.grad` over the dict works.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+        >>> list(params_of(model))
+        ['0.weight', '0.bias', '1.weight', '1.bias', '1.running_mean', '1.running_var']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for kind in ("_parameters", "_buffers"):
+        for prefix, module in named_layers(model):
+            if is_scripted(module):
+                named = module.named_parameters() if kind == "_parameters" else module.named_buffers()
+            else:
+                named = getattr(module, kind).items()
+            for name, tensor in named:
+                floating = tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
+                if floating and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{prefix}.{name}" if prefix else name] = tensor.detach()
+    return found
+
+
+# -- inputs
+
+
+class Leaves:
+    """The floating-point tensors of `x`, apart from the rest, and the way back to the structure of `x`."""
+
+    def __init__(self, x: Inputs) -> None:
+        self.x = x
+        if isinstance(x, Tensor):
+            items: list[tuple[Any, Any]] = [(None, x)]
+        elif isinstance(x, Mapping):
+            items = list(x.items())
+        elif isinstance(x, tuple):
+            items = list(enumerate(x))
+        else:
+            raise TypeError(
+                f"`x` must be a tensor, a tuple of tensors or a dict of tensors, got {type(x).__name__}."
+                + (" Make it a tuple." if isinstance(x, list) else "")
+            )
+        for key, value in items:
+            if value is not None and not isinstance(value, Tensor):
+                where = "" if key is None else f" at {key!r}"
+                raise TypeError(f"`x` must hold tensors, got {type(value).__name__}{where}.")
+        self.items = items
+        self.floating = [k for k, v in items if v is not None and (v.is_floating_point() or v.is_complex())]
+
+    @property
+    def batch(self) -> int:
+        """The number of examples: the length of the first axis of the first tensor."""
+        return next(v.shape[0] for _, v in self.items if v is not None)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(v for k, v in self.items if k in self.floating)
+
+    def rebuild(self, tensors: Sequence[Tensor], others: Callable[[Any], Any]) -> Any:
+        """Put `tensors` in the places of the floating-point ones, and `others(value)` in the rest."""
+        if isinstance(self.x, Tensor):
+            return tensors[0] if self.floating else others(self.x)
+        new = dict(zip(self.floating, tensors, strict=True))
+        values = {k: new[k] if k in new else others(v) for k, v in self.items}
+        return tuple(values.values()) if isinstance(self.x, tuple) else values
+
+
+# -- the door
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_scope = threading.local()
+
+
+def public(function: F) -> F:
+    """Make a public method of a function: it leaves inference mode, and tells what it has to tell once a call."""
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if compiling():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), _one_call():
+            return function(*args, **kwargs)
+
+    return called  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def _one_call() -> Iterator[None]:
+    if getattr(_scope, "told", None) is not None:  # inside another method
+        yield
+        return
+    told: dict[str, dict[str, None]] = {}
+    _scope.told = told
+    try:
+        yield
+    finally:
+        _scope.told = None
+    for message in told:
+        warnings.warn(message, PullbackWarning, stacklevel=4)
+
+
+def tell(message: str) -> None:
+    """Warn at the end of the call of the method that is running, once."""
+    if compiling():
+        return
+    told = getattr(_scope, "told", None)
+    if told is None:
+        warnings.warn(message, PullbackWarning, stacklevel=3)
+    else:
+        told[message] = {}
+
+
+def _report(mode: swapped, strict: bool) -> None:
+    if not mode.told or (compiling() and not strict):
+        return
+    dropped = mode.told.pop(_native.DROPOUT, None)
+    if dropped is not None:
+        tell(f"Dropout hard-coded with training=True{_where(dropped)} is left out: an explanation is not random.")
+    if not mode.told:
+        return
+    assert mode.table is not None
+    uncovered = ", ".join(f"`{operation}`{_where(layers)}" for operation, layers in mode.told.items())
+    message = f"{mode.table.name} do not cover {uncovered}: what they do not cover keeps its own derivative."
+    if strict:
+        raise ValueError(f"{message} Give `rules` that cover it, or `strict=False`.")
+    tell(message)
+
+
+def _where(layers: Mapping[str, None]) -> str:
+    named = [f"`{layer}`" for layer in layers if layer]
+    return f" in {', '.join(named[:5])}{' ...' if len(named) > 5 else ''}" if named else ""
+
+
+# -- one forward
+
+
+def run(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    *,
+    output: Select = None,
+    table: Table | None = None,
+    strict: bool = False,
+    sites: Sequence[Site] = (),
+    edit: Callable[[Site, int, Tensor], Tensor] | None = None,
+    seen: Mapping[Site, Sequence[Seen]] | None = None,
+) -> Tensor:
+    """Run the model once, in eval mode, on a shell, with the operations of `table` traded and layers edited."""
+    leaves = Leaves(x)
+    x = leaves.rebuild([t.clone() for t in leaves.tensors], lambda v: None if v is None else v.clone())
+    mode = swapped(table)
+    mode.measures = measuring()
+    if not isinstance(model, nn.Module):
+        if not callable(model):
+            raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}.")
+        if sites:
+            raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
+        with mode:
+            result = model(params, x)
+    else:
+        result = _run_module(params, model, x, mode, sites, edit, seen or {})
+    note_forward(mode)
+    _report(mode, strict)
+    return select(result, output)
+
+
+def _run_module(
+    params: Params,
+    model: nn.Module,
+    x: Any,
+    mode: swapped,
+    sites: Sequence[Site],
+    edit: Callable[[Site, int, Tensor], Tensor] | None,
+    seen: Mapping[Site, Sequence[Seen]],
+) -> Any:
+    args = (x,) if isinstance(x, Tensor) else x if isinstance(x, tuple) else ()
+    kwargs = dict(x) if isinstance(x, Mapping) else {}
+    if compiling():
+        shell = _SHELLS[_prepare(model)]
+    else:
+        shell = Shell(model)
+        shell.install(params)
+        _check_scripted(shell, mode.table)
+    tap = None if edit is None else attach(shell, sites, edit, seen)
+    followed = [] if mode.table is None or not mode.table.wants_layers else _follow_layers(shell, mode)
+    with mode:
+        if compiling():
+            result = functional_call(shell.root, params, args, kwargs)  # pyright: ignore[reportArgumentType]
+        else:
+            result = shell.root(*args, **kwargs)
+    for undo in followed:  # a shell that compiled code runs on is kept
+        undo()
+    if tap is not None:
+        tap.detach()
+        for site, calls in tap.calls.items():
+            if calls <= (site.call or 0):
+                raise ValueError(f"`layer` names `{site}`, but this forward calls `{site.name}` {calls} times.")
+    return result
+
+
+def _follow_layers(shell: Shell, mode: swapped) -> list[Callable[[], None]]:
+    """Keep `mode.layers` the stack of names of the layers that are running."""
+
+    def enter(site: Site, args: Any, kwargs: Any) -> Any:
+        mode.layers.append(site.name)
+        return args, kwargs
+
+    def leave(site: Site, args: Any, result: Any) -> Any:
+        mode.layers.pop()
+        return result
+
+    return [around(layer, Site(name), enter, leave) for name, layer in shell.layers() if not is_scripted(layer)]
+
+
+def _check_scripted(shell: Shell, table: Table | None) -> None:
+    if shell.unheard:
+        where = ", ".join(f"`{name}`" for name in dict.fromkeys(shell.unheard))
+        tell(f"Backward hooks on {where} are left out: torch.func cannot run them.")
+    if table is None:
+        return
+    for name, layer in shell.layers():
+        if is_scripted(layer):
+            raise TypeError(
+                f"`rules` cannot reach into `{name or 'model'}`, a scripted module: its operations run out of sight. "
+                "Explain the module before `torch.jit.script` or `torch.jit.trace`."
+            )
+
+
+# Dynamo cannot trace the making of a shell, nor call a module that a constant function returns, but it traces a look-up in
+# a global dict. So a compiled call makes its shell once, while tracing, and keeps it here as long as the model lives.
+_SHELLS: dict[int, Shell] = {}
+
+
+def _prepare(model: nn.Module) -> int:
+    key = id(model)
+    _SHELLS[key] = Shell(model)
+    weakref.finalize(model, _SHELLS.pop, key, None)
+    return key
+
+
+_prepare._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # torch._dynamo's decorator, without its import
+
+
+def select(result: Any, output: Select) -> Tensor:
+    """Give the tensor that `output` names in what the model returned."""
+    if callable(output):
+        chosen = output(result)
+    elif output is None:
+        chosen = result
+    elif isinstance(output, str):
+        chosen = result.get(output) if isinstance(result, Mapping) else getattr(result, output, None)
+    elif isinstance(output, int) and isinstance(result, Sequence | Mapping):
+        values = list(result.values()) if isinstance(result, Mapping) else result
+        chosen = values[output] if -len(values) <= output < len(values) else None
+    else:
+        chosen = None
+    if isinstance(chosen, Tensor):
+        if not chosen.is_floating_point() and not chosen.is_complex():
+            raise TypeError(f"The model's output must be floating point to be explained, got {chosen.dtype}.")
+        return chosen
+    if output is None:
+        raise TypeError(f"The model returns {_described(result)}, not a tensor: name the part to explain by `output`.")
+    raise ValueError(f"`output` must name a tensor in what the model returns, got {output!r} for {_described(result)}.")
+
+
+def _described(result: Any) -> str:
+    if isinstance(result, Mapping):
+        return f"{type(result).__name__} with keys {', '.join(repr(k) for k in result)}"
+    if hasattr(result, "__dataclass_fields__"):
+        return f"{type(result).__name__} with fields {', '.join(map(repr, result.__dataclass_fields__))}"
+    if isinstance(result, tuple | list):
+        return f"{type(result).__name__} of {len(result)}"
+    return type(result).__name__
+
+
+# -- one pullback
+
+
+class Pulled(NamedTuple):
+    """A forward with its way back.
+
+    `activations`: what the derivative is taken at: the tensors of `x`, or the layer's activation, one a call.
+    `pull(cotangent)`: their cotangents, as a tuple.
+    `rebuild`: gives a tuple of such tensors the structure of `x`, or of the activation.
+    """
+
+    output: Tensor
+    activations: tuple[Tensor, ...]
+    pull: Callable[[Tensor], tuple[Tensor, ...]]
+    rebuild: Callable[[Sequence[Tensor]], Any]
+
+
+def pullback(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    *,
+    layer: str = "",
+    at: str = "output",
+    output: Select = None,
+    table: Table | None = None,
+    strict: bool = False,
+) -> Pulled:
+    """Run the model once, and be ready to pull cotangents of its output back to `x` or to a layer.
+
+    For a layer, the derivative is taken with respect to a zero added to its activation: the backward pass stops there,
+    what comes before records no graph, and each call of a layer that is called several times has its own zero.
+    """
+    site = Site.parse(layer, at)
+    if site.name:
+        return _pullback_to_layer(params, model, x, site, output, table, strict)
+    leaves = Leaves(x)
+    if not leaves.floating:
+        raise TypeError(
+            "`x` holds no floating-point tensor to explain. Name a `layer`, such as the embedding, or cast `x`."
+        )
+
+    def forward(*tensors: Tensor) -> Tensor:
+        return run(params, model, leaves.rebuild(tensors, lambda v: v), output=output, table=table, strict=strict)
+
+    y, back = vjp(forward, *leaves.tensors)
+    return Pulled(y, leaves.tensors, shared_pull(back), lambda tensors: leaves.rebuild(tensors, lambda v: None))
+
+
+class _Surprise(Exception):
+    """A layer put out something else than the probe had seen."""
+
+
+def _pullback_to_layer(
+    params: Params, model: Model, x: Inputs, site: Site, output: Select, table: Table | None, strict: bool
+) -> Pulled:
+    if not isinstance(model, nn.Module):
+        raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
+    seen = _seen_at(params, model, x, site)
+    try:
+        return _pullback_to_seen(params, model, x, site, seen, output, table, strict)
+    except _Surprise:
+        seen = _seen_at(params, model, x, site, real=True)
+    try:
+        return _pullback_to_seen(params, model, x, site, seen, output, table, strict)
+    except _Surprise:
+        raise RuntimeError(f"`layer` names `{site}`, whose activation changes its shape from run to run.") from None
+
+
+def _pullback_to_seen(
+    params: Params,
+    model: nn.Module,
+    x: Inputs,
+    site: Site,
+    seen: tuple[Seen, ...],
+    output: Select,
+    table: Table | None,
+    strict: bool,
+) -> Pulled:
+    chosen = range(len(seen)) if site.call is None else [site.call]
+    if not seen or (site.call is not None and site.call >= len(seen)):
+        raise ValueError(f"`layer` names `{site}`, but a forward calls `{site.name}` {len(seen)} times.")
+    device = next(t for _, t in Leaves(x).items if t is not None).device
+    # a zero takes no memory until something is added to it
+    zeros = [torch.zeros((), dtype=seen[i].dtype, device=device).expand(seen[i].shape) for i in chosen]
+
+    def forward(*deltas: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        activations: dict[int, Tensor] = {}
+
+        def edit(site: Site, call: int, activation: Tensor) -> Tensor:
+            if call not in chosen:
+                if site.call is None:
+                    raise _Surprise
+                return activation
+            delta = deltas[list(chosen).index(call)]
+            if activation.shape != delta.shape:
+                raise _Surprise
+            if not activation.is_floating_point() and not activation.is_complex():
+                raise TypeError(f"`layer` names `{site}`, whose activation is {activation.dtype}, not floating point.")
+            activations[call] = activation
+            # an overload of aten: the rules do not see it
+            return torch.ops.aten.add.Tensor(activation, delta.to(activation.device, activation.dtype))
+
+        y = run(
+            params, model, x, output=output, table=table, strict=strict, sites=(site,), edit=edit, seen={site: seen}
+        )
+        if len(activations) != len(chosen):
+            raise _Surprise
+        return y, tuple(activations[call] for call in chosen)
+
+    y, back, activations = vjp(forward, *zeros, has_aux=True)
+
+    def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.to(a.dtype) for g, a in zip(back(cotangent), activations, strict=True))
+
+    return Pulled(y, activations, shared_pull(pull), lambda tensors: _sum_calls(tensors, site))
+
+
+def _sum_calls(tensors: Sequence[Tensor], site: Site) -> Tensor:
+    """Sum over the calls of a layer: the derivative with respect to a change that all of them share."""
+    if any(t.shape != tensors[0].shape for t in tensors):
+        raise ValueError(
+            f"`layer` names `{site}`, called {len(tensors)} times with activations of different shapes: "
+            f"choose a call, `{site}#0` to `{site}#{len(tensors) - 1}`."
+        )
+    return sum(tensors[1:], tensors[0])
+
+
+def _seen_at(params: Params, model: nn.Module, x: Inputs, site: Site, real: bool = False) -> tuple[Seen, ...]:
+    if compiling():
+        return _PLANS[_plan(model, site.name, site.at, site.part, described(x))]
+    seen = None if real else known(model, x, site)
+    if seen is None:
+        found, real = probe(params, model, x, (site,), real)
+        seen = found[site]
+        remember(model, x, site, seen)
+        if real:
+            tell(
+                f"The shape of `{site.name}` took one more forward: the model does not run on the meta device or on "
+                "fake tensors. It is remembered for this input shape."
+            )
+    return seen
+
+
+_PLANS: dict[Any, tuple[Seen, ...]] = {}
+
+
+def _plan(model: nn.Module, name: str, at: str, part: int | str | None, shapes: Any) -> int:
+    """Probe while a compiled call is traced."""
+    site = Site(name, at, part)
+
+    def example(shape: Any) -> Any:
+        if shape is None:
+            return None
+        if isinstance(shape[0], torch.Size):
+            return torch.empty(shape[0], dtype=shape[1], device="meta")
+        if isinstance(shape[0][0], str):
+            return {key: example(value) for key, value in shape}
+        return tuple(map(example, shape))
+
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        found, _ = probe({}, model, example(shapes), (site,))
+    key = hash((id(model), name, at, part, shapes))
+    _PLANS[key] = found[site]
+    return key
+
+
+_plan._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def layers(params: Params, model: nn.Module, x: Inputs) -> dict[str, tuple[torch.Size, ...]]:
+    """List the layers that a forward calls: name -> shape of what it puts out, one a call, in the order they finish.
+
+    Costs no compute where the model runs on the meta device. Layers that put out no tensor are left out.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+        >>> layers(params_of(model), model, torch.zeros(2, 3))
+        {'0': (torch.Size([2, 4]),), '1': (torch.Size([2, 4]),)}
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module to have layers, got {type(model).__name__}.")
+    Leaves(x)
+    return shapes(params, model, x)
+
+
+# -- targets
+
+
+def cotangent(output: Tensor, target: Target) -> Tensor:
+    """Give the cotangent of `output` that `target` means: the derivative of the sum of all scores.
+
+    An index that cannot be read (under `vmap` or `torch.compile`) and is out of range gives NaN.
+    """
+    if callable(target):
+        scores, back = vjp(lambda y: _checked_scores(target(y), output), output)
+        return back(torch.ones_like(scores))[0]
+    if target is None:
+        _checked_scores(output.reshape(output.shape[:1]) if output.shape[1:] == (1,) else output, output, given=False)
+        return torch.ones_like(output)
+    target = _as_tensor(target, output)
+    if target.is_floating_point() or target.is_complex():
+        return target.to(output.dtype).expand_as(output)
+    return _one_hot(target, output).expand_as(output)
+
+
+def score(output: Tensor, target: Target) -> Tensor:
+    """Give the score of each example, ``[batch]``; at spatial outputs the sum over positions."""
+    if callable(target):
+        return _checked_scores(target(output), output)
+    if target is None:
+        scores = output.reshape(output.shape[:1]) if output.shape[1:] == (1,) else output
+        return _checked_scores(scores, output, given=False)
+    target = _as_tensor(target, output)
+    if target.is_floating_point() or target.is_complex():
+        return (target.to(output.dtype) * output).flatten(1).sum(1)
+    hot = _one_hot(target, output)
+    return torch.where(hot == 0, torch.zeros_like(output), hot * output).flatten(1).sum(1)
+
+
+def _checked_scores(scores: Tensor, output: Tensor, given: bool = True) -> Tensor:
+    if isinstance(scores, Tensor) and scores.shape == output.shape[:1]:
+        return scores
+    shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if given:
+        raise ValueError(f"`target` must give one score per example, shape {list(output.shape[:1])}, got {shape}.")
+    raise ValueError(
+        f"`target` may be None only where the output is one score per example, [batch] or [batch 1], got {shape}. "
+        "Give a class index."
+    )
+
+
+def _as_tensor(target: Any, output: Tensor) -> Tensor:
+    if isinstance(target, bool):
+        raise TypeError("`target` must be a class index, got a bool.")
+    if not isinstance(target, Tensor):
+        try:
+            target = torch.as_tensor(np.asarray(target) if isinstance(target, list | tuple) else target)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                "`target` must be an index, one index per example, a cotangent shaped like the output, a function of "
+                f"the output, or None, got {type(target).__name__}."
+            ) from error
+    target = target.to(output.device)
+    if target.is_floating_point() or target.is_complex():
+        if target.shape != output.shape:
+            raise ValueError(
+                f"`target` of floating point is a cotangent and must have the shape of the output, "
+                f"{list(output.shape)}, got {list(target.shape)}. For class indices give integers."
+            )
+        return target
+    if target.dtype == torch.bool:
+        raise TypeError("`target` must be integer indices or a floating-point cotangent, got bool.")
+    if output.ndim < 2:
+        raise ValueError(
+            f"`target` is a class index, but the output {list(output.shape)} has no class axis. Give `target=None`."
+        )
+    if target.ndim > 1 or (target.ndim == 1 and target.shape[0] != output.shape[0]):
+        raise ValueError(
+            f"`target` must be one index, or one per example, shape [{output.shape[0]}], got {list(target.shape)}. "
+            "For many targets of each example: `torch.vmap` over `target`, or `over_targets`."
+        )
+    if readable(target):
+        check_range(target, output.shape[1])
+    else:
+        check_indices(output.shape[1])
+    return target
+
+
+def _one_hot(index: Tensor, output: Tensor) -> Tensor:
+    """Give ``[batch class 1 ...]``, or ``[1 class 1 ...]`` for one index: 1 at the index, NaN where it is no class."""
+    classes, rest = output.shape[1], [1] * (output.ndim - 2)
+    index = index.long().reshape(-1, 1)
+    hot = (torch.arange(classes, device=output.device) == index).to(output.dtype)
+    hot = torch.where((index < 0) | (index >= classes), torch.full_like(hot, float("nan")), hot)
+    return hot.reshape(*hot.shape, *rest)

@@ -1,0 +1,218 @@
+"""Trade torch operations for others while a function runs.
+
+A `torch.overrides.TorchFunctionMode` sees every call of a torch function that Python makes, whatever its spelling
+(`nn.ReLU`, `F.relu`, `torch.relu`, `x.relu()`, `x.relu_()`, a name bound before). It is local to the thread and to the
+``with`` block, so nothing global is patched. What runs inside one C++ call (a scripted module, a fused kernel) and inside a
+foreign `autograd.Function` is out of its sight.
+
+`operation_of` brings the spellings of one operation together: it is the key of every table of rules.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pullback import _native
+
+Operation = Callable[..., Any]
+Rule = Callable[..., Any]
+
+# torch 2.0 has no torch.compiler
+compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
+
+ACTIVATIONS = (
+    "relu relu6 hardtanh threshold leaky_relu prelu rrelu elu selu celu gelu silu mish softplus softsign softshrink "
+    "hardshrink tanhshrink logsigmoid tanh sigmoid hardsigmoid hardswish glu"
+).split()
+
+_NAMES = (
+    ACTIVATIONS
+    + (
+        "clamp clamp_min clamp_max linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
+        "conv_transpose3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+        "adaptive_avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+        "adaptive_max_pool3d lp_pool1d lp_pool2d batch_norm instance_norm layer_norm group_norm rms_norm "
+        "local_response_norm normalize softmax log_softmax matmul mm bmm baddbmm addmm einsum add sub rsub mul div pow "
+        "neg exp log sqrt rsqrt abs square mean sum cat concat stack amax amin max min maximum minimum where "
+        "embedding embedding_bag scaled_dot_product_attention multi_head_attention_forward interpolate pad dropout "
+        "cumsum prod var std"
+    ).split()
+)
+
+_ALIASES = {
+    "clip": "clamp",
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "concat": "cat",
+    "concatenate": "cat",
+    "upsample": "interpolate",
+    "negative": "neg",
+    "__matmul__": "matmul",
+    "__truediv__": "div",
+    "__pow__": "pow",
+    "__rsub__": "rsub",
+}
+_NOT_IN_PLACE = {"max", "min", "mean", "sum", "linear", "prod", "var", "std", "stack", "cat"}
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a torch function spells an operation: its canonical form, and whether it writes to its first argument."""
+
+    operation: Operation
+    writes: bool = False
+    flag: int | None = None  # position of an ``inplace`` argument
+
+    def in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if self.flag is None:
+            return self.writes
+        return bool(kwargs.get("inplace", args[self.flag] if len(args) > self.flag else False))
+
+
+def _inplace_position(function: Operation) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # builtins have no flag
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _spellings() -> dict[Operation, Spelling]:
+    found: dict[Operation, Spelling] = {}
+    homes = (torch, torch.Tensor, F, torch._C._nn)
+    for spelled in [*dict.fromkeys(_NAMES), *_ALIASES]:
+        name = _ALIASES.get(spelled, spelled)
+        canonical = next(getattr(home, name) for home in (torch, F, torch.Tensor) if hasattr(home, name))
+        for home in homes:
+            for attribute, writes in ((spelled, False), (spelled + "_", True)):
+                function = getattr(home, attribute, None)
+                if callable(function) and not (writes and spelled in _NOT_IN_PLACE):
+                    found.setdefault(function, Spelling(canonical, writes, _inplace_position(function)))
+    return found
+
+
+SPELLINGS = _spellings()
+
+
+def operation_of(function: Operation) -> Operation:
+    """Give the canonical form of a torch function: `F.relu`, `torch.Tensor.relu_` and `torch.relu` are one operation."""
+    spelling = SPELLINGS.get(function)
+    return spelling.operation if spelling else function
+
+
+def name_of(operation: Operation) -> str:
+    return getattr(operation, "__name__", repr(operation))
+
+
+@dataclass
+class Table:
+    """Rules by operation, and by layer name pattern and operation; the more specific key wins, then the later.
+
+    `tell` names the operations that must have a rule: one without is told. A rule returns `NotImplemented` for a use of
+    its operation that it does not cover; torch's own operation then runs.
+    """
+
+    rules: dict[Operation, Rule] = field(default_factory=dict)
+    by_layer: list[tuple[str, Operation | None, Rule]] = field(default_factory=list)
+    tell: frozenset[Operation] = frozenset()
+    name: str = "the rules"
+
+    @staticmethod
+    def of(mapping: Mapping[Any, Rule], tell: Iterable[Operation] = (), name: str = "the rules") -> Table:
+        table = Table(tell=frozenset(map(operation_of, tell)), name=name)
+        for key, rule in mapping.items():
+            if isinstance(key, tuple):
+                pattern, operation = key
+                table.by_layer.append((pattern, operation_of(operation), rule))
+            else:
+                table.rules[operation_of(key)] = rule
+        return table
+
+    @property
+    def wants_layers(self) -> bool:
+        return bool(self.by_layer or self.tell)
+
+    def find(self, layer: str, operation: Operation) -> Rule | None:
+        for pattern, wanted, rule in reversed(self.by_layer):
+            if wanted is operation and fnmatch.fnmatchcase(layer, pattern):
+                return rule
+        return self.rules.get(operation)
+
+
+def activations() -> frozenset[Operation]:
+    """The pointwise nonlinearities, each in its canonical form."""
+    return frozenset(operation_of(getattr(F, name)) for name in ACTIVATIONS)
+
+
+class swapped(TorchFunctionMode):
+    """Run torch operations by the rules of a table, and what torch gets wrong by `pullback._native`.
+
+    `layer` (a function that names the layer being run) is needed where the table has rules by layer or tells.
+    What was met without a rule is in `told`: operation name -> layer names.
+    """
+
+    def __init__(self, table: Table | None = None) -> None:
+        super().__init__()
+        self.table = table
+        self.layers: list[str] = []  # the stack of layers being run, filled by the shell's hooks
+        self.told: dict[str, dict[str, None]] = {}
+        self.measures = False  # keep account of what operations put out
+        self.largest = self.total = 0
+
+    def tell(self, what: str) -> None:
+        self.told.setdefault(what, {})[self.layers[-1] if self.layers else ""] = None
+
+    def within(self) -> Any:
+        """Give the context in which a composite operation runs its parts, so that the rules see them."""
+        return nullcontext() if self.table is None else self
+
+    def __torch_function__(
+        self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.table is not None:
+            spelling = SPELLINGS.get(func)
+            if spelling is not None:
+                done = self._by_rule(spelling, func, args, kwargs)
+                if done is not NotImplemented:
+                    return done
+        native = _native.FORMS.get(func)
+        result = func(*args, **kwargs) if native is None else native(self, func, *args, **kwargs)
+        if self.measures and isinstance(result, Tensor):
+            size = result.numel() * result.element_size()
+            self.largest, self.total = max(self.largest, size), self.total + size
+        return result
+
+    def _by_rule(self, spelling: Spelling, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        table, operation = self.table, spelling.operation
+        assert table is not None
+        rule = table.find(self.layers[-1] if self.layers else "", operation)
+        if rule is None:
+            if operation in table.tell:
+                self.tell(name_of(operation))
+            return NotImplemented
+        in_place = spelling.in_place(args, kwargs)
+        if spelling.flag is not None:
+            args = args[: spelling.flag] + args[spelling.flag + 1 :]
+        pure = {k: v for k, v in kwargs.items() if k not in ("inplace", "_stacklevel")}
+        result = rule(operation, *args, **pure)
+        if result is NotImplemented:  # the rule does not cover this use of the operation
+            if operation in table.tell:
+                self.tell(name_of(operation))
+            return NotImplemented
+        if in_place:
+            first = args[0] if args else kwargs["input"]
+            return first.copy_(result)
+        return result

@@ -1,0 +1,113 @@
+"""Average any attribution over noisy copies of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pullback._batch import chunks, each, folded, repeated, unfolded
+from pullback._call import Inputs, Leaves, Model, Params, Target, public
+from pullback._random import Seed, normal
+from pullback.gradients import gradient
+
+Attribution = Callable[..., Any]
+
+
+@public
+def smooth_grad(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    method: Attribution = gradient,
+    statistic: Literal["mean", "squared", "variance"] = "mean",
+    samples: int = 25,
+    noise: float = 0.15,
+    absolute: bool = False,
+    seed: Seed = 0,
+    chunk_size: int | None = None,
+    **options: Any,
+) -> Any:
+    r"""Average an attribution over inputs with Gaussian noise.
+
+    .. math:: a = \tfrac{1}{n} \sum_{s=1}^n A(x + \sigma \epsilon_s), \quad \epsilon_s \sim N(0, 1)
+
+    ``"squared"`` averages the squares (SmoothGrad-squared), ``"variance"`` gives the variance over samples, divided by
+    n - 1 (VarGrad). Costs `samples` times the method. The noise depends on `seed`, the sample and the position
+    within the example, so that all examples of a batch see the same one, whatever the batch.
+
+    Args:
+        params, model, x, target: See `gradient`.
+        method: Any attribution ``method(params, model, x, target, **options)`` whose result has the batch first.
+        statistic: ``"mean"``, ``"squared"`` or ``"variance"``.
+        samples: Number of noisy copies.
+        noise: Standard deviation, as a fraction of each example's range (greatest less least value).
+        absolute: Take `noise` in the units of `x`.
+        seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
+        chunk_size: Samples evaluated together. All of them if omitted.
+        **options: Passed to `method`.
+
+    Returns:
+        What `method` returns: in its units, squared for ``"squared"`` and ``"variance"``.
+
+    Raises:
+        ValueError: If `samples` is less than 1 (2 for the variance), or `noise` is negative.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> params, x = params_of(model), torch.randn(4, 3)
+        >>> a = smooth_grad(params, model, x, target=0, samples=4)  # a linear model has one gradient everywhere
+        >>> torch.allclose(a, gradient(params, model, x, target=0))
+        True
+
+    References:
+        Smilkov et al., SmoothGrad: Removing Noise by Adding Noise, 2017, sec. 3.1. Hooker et al., A Benchmark for
+        Interpretability Methods, 2019 (squared). Adebayo et al., Local Explanation Methods, 2018 (variance).
+    """
+    if statistic not in ("mean", "squared", "variance"):
+        raise ValueError(f"`statistic` must be 'mean', 'squared' or 'variance', got {statistic!r}.")
+    least = 2 if statistic == "variance" else 1
+    if samples < least:
+        raise ValueError(f"`samples` must be at least {least}, got {samples}.")
+    if not noise >= 0:
+        raise ValueError(f"`noise` must be a standard deviation of at least 0, got {noise}.")
+    leaves = Leaves(x)
+    batch = leaves.batch
+    scales = [torch.full_like(t[:1], noise) if absolute else noise * _span(t) for t in leaves.tensors]
+    total: Any = None
+    squares: Any = None
+    shift: Any = None  # the first sample: the variance of what is near a constant survives the rounding
+    for part in chunks(samples, chunk_size):
+        count = len(part)
+        index = torch.arange(part.start, part.stop, device=leaves.tensors[0].device)
+        noisy = [
+            folded(t + scale * normal(seed, index, t.shape[1:], t.dtype, stream).unsqueeze(1))
+            for stream, (t, scale) in enumerate(zip(leaves.tensors, scales, strict=True))
+        ]
+        copies = leaves.rebuild(noisy, lambda v: repeated(v, count, batch))  # noqa: B023
+        a = method(params, model, copies, repeated(target, count, batch), **options)
+        a = each(lambda v: unfolded(v, count), a)  # noqa: B023
+        if statistic == "variance":
+            shift = each(lambda v: v[0], a) if shift is None else shift
+            a = each(lambda v, s: v - s, a, shift)
+        total = _added(total, a) if statistic != "squared" else total
+        squares = _added(squares, each(torch.square, a)) if statistic != "mean" else squares
+    if statistic == "mean":
+        return each(lambda t: t / samples, total)
+    if statistic == "squared":
+        return each(lambda q: q / samples, squares)
+    return each(lambda t, q: (q - t.square() / samples) / (samples - 1), total, squares)
+
+
+def _added(total: Any, values: Any) -> Any:
+    sums = each(lambda v: v.sum(0), values)
+    return sums if total is None else each(torch.add, total, sums)
+
+
+def _span(x: Tensor) -> Tensor:
+    flat = x.flatten(1)
+    return (flat.amax(1) - flat.amin(1)).reshape(-1, *[1] * (x.ndim - 1))

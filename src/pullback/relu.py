@@ -1,0 +1,101 @@
+r"""Backward variants of rectifiers.
+
+A rectifier passes its input where it is positive, :math:`y = \max(x, 0)`, and its derivative passes the cotangent there.
+The variants of this module keep the forward and change what passes backward:
+
+==================== ==========================================
+plain                :math:`g \cdot 1[x > 0]`, the derivative
+guided               :math:`\max(g, 0) \cdot 1[x > 0]`
+guided_torchray      :math:`\max(g, 0) \cdot 1[x \ge 0]`
+deconvnet            :math:`\max(g, 0)`
+==================== ==========================================
+
+At 0 nothing passes, as in torch; TorchRay lets the cotangent pass there. Rectifiers with a ceiling (`relu6`,
+`hardtanh(0, c)`, `clamp(0, c)`) pass nothing above it either, but for deconvnet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pullback._ops import Operation, Rule, operation_of
+
+RECTIFIERS = tuple(
+    operation_of(op) for op in (torch.relu, F.relu6, F.hardtanh, torch.clamp, torch.clamp_min, torch.threshold)
+)
+_RELU, _RELU6, _HARDTANH, _CLAMP, _CLAMP_MIN, _THRESHOLD = RECTIFIERS
+
+
+def ceiling(operation: Operation, x: Tensor, *args: Any, **kwargs: Any) -> float | None:
+    """Give the value at which a rectifier saturates (infinity for ReLU), or None where the operation is no rectifier."""
+
+    def argument(position: int, name: str, default: Any) -> Any:
+        return kwargs.get(name, args[position] if len(args) > position else default)
+
+    if operation is _RELU:
+        return float("inf")
+    if operation is _RELU6:
+        return 6.0
+    if operation is _THRESHOLD:
+        bounds = argument(0, "threshold", None), argument(1, "value", None), None
+        low, high = (0 if bounds[:2] == (0, 0) else None), None
+    elif operation is _HARDTANH:
+        low, high = argument(0, "min_val", -1.0), argument(1, "max_val", 1.0)
+    elif operation is _CLAMP_MIN:
+        low, high = argument(0, "min", None), None
+    elif operation is _CLAMP:
+        low, high = argument(0, "min", None), argument(1, "max", None)
+    else:
+        return None
+    if isinstance(low, Tensor) or isinstance(high, Tensor) or low is None or low != 0:
+        return None
+    return float("inf") if high is None else float(high)
+
+
+class _Rectifier(torch.autograd.Function):
+    """A rectifier with one of the backward variants. It keeps a mask, not its input, which may be overwritten."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, high: float, variant: str) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        passes = x >= 0 if variant == "guided_torchray" else x > 0
+        if high == float("inf"):
+            return x.clamp(min=0), passes
+        return x.clamp(0, high), passes & (x < high)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.variant = inputs[2]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (passes,) = ctx.saved_tensors
+        if ctx.variant != "plain":
+            cotangent = cotangent.clamp(min=0)
+        return (cotangent if ctx.variant == "deconvnet" else cotangent * passes), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (passes,) = ctx.saved_tensors
+        return tangent * passes, None
+
+
+def variant(name: str) -> Rule:
+    """Give the rule that runs every rectifier with the backward variant of this name."""
+
+    def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        high = ceiling(operation, input, *args, **kwargs)
+        return NotImplemented if high is None else _Rectifier.apply(input, high, name)[0]  # pyright: ignore[reportOptionalSubscript]
+
+    return rule
+
+
+VARIANTS = ("plain", "guided", "guided_torchray", "deconvnet")
