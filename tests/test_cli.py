@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import pullback
 from pullback import cli
@@ -216,12 +217,19 @@ def test_version_and_help(capsys):
 @pytest.mark.slow
 def test_the_last_spatial_layer_of_known_networks(name):
     network = cli.load(f"torchvision:{name}", None, torch.device("cpu"))
+    if name == "vit_b_32":  # untrained, its head is zero and so is every gradient
+        assert cli.last_spatial_layer({}, network.model, torch.randn(1, 3, 224, 224)) == "encoder"
+        nn.init.normal_(network.model.heads.head.weight)
     probe = torch.randn(1, 3, 224, 224)
     params = pullback.params_of(network.model)
     layer = cli.last_spatial_layer(params, network.model, probe)
     cam = pullback.linear_approx(params, network.model, probe, 0, layer=layer)
     assert (cam != 0).sum() > 1
-    assert {"resnet18": "layer4", "vgg11": "avgpool"}.get(name, layer) == layer
+    assert {
+        "resnet18": "layer4",
+        "vgg11": "avgpool",
+        "vit_b_32": "encoder.layers.encoder_layer_11.ln_1",
+    }.get(name, layer) == layer
 
 
 @pytest.mark.parametrize("layer", ["features.3", "features"])

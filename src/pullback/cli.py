@@ -160,19 +160,27 @@ def _literal(text: str) -> Any:
 
 
 def last_spatial_layer(params: Any, model: nn.Module, x: Tensor) -> str:
-    """The last layer with several positions that the score depends on.
+    """The last layer with several positions that the score depends on; the last call of it, where there are more.
 
     What it depends on has to be tried: after its last attention a transformer reads the class token only, and a map of
-    that layer would be empty. A layer that is called more than once has no one place in the network and is left out.
+    that layer would be empty.
     """
     layers = pullback.layers(params, model, x)
-    for name in _last_first(layers):
-        if len(layers[name]) == 1 and _positions(layers[name][0]) > 1:
-            attribution = pullback.gradient(params, model, x, target=0, layer=name)
-            channel_axis = 1 if attribution.ndim == 4 else -1
-            if (attribution != 0).any(channel_axis).sum() > 1:
-                return name
-    raise Problem("no layer of the model has positions to draw a map of; take a method that needs no layer")
+    candidates = [
+        name if len(layers[name]) == 1 else f"{name}#{len(layers[name]) - 1}"
+        for name in _last_first(layers)
+        if _positions(layers[name][-1]) > 1
+    ]
+    if not candidates:
+        raise Problem("no layer of the model has positions to draw a map of; take a method that needs no layer")
+    if not (pullback.gradient(params, model, x, target=0) != 0).any():  # such as an untrained head of zeros
+        return candidates[0]
+    for layer in candidates:
+        attribution = pullback.gradient(params, model, x, target=0, layer=layer)
+        channel_axis = 1 if attribution.ndim == 4 else -1
+        if (attribution != 0).any(channel_axis).sum() > 1:
+            return layer
+    return candidates[0]
 
 
 def _last_first(names: Iterable[str]) -> list[str]:
