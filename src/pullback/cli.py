@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -226,7 +226,7 @@ class Task:
     methods: Mapping[str, Mapping[str, Any]]
     choose: Callable[[Tensor], list[int]]
     names: list[list[str]] | None
-    chunk_size: int | str
+    chunk_size: int | Literal["auto"]
     show: int
     smooth: float
     bar: Any
