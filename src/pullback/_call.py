@@ -271,8 +271,8 @@ def _check_scripted(shell: Shell, table: Table | None) -> None:
             )
 
 
-# Dynamo cannot trace the making of a shell, nor call a module that a constant function returns, but it traces a look-up in
-# a global dict. So a compiled call makes its shell once, while tracing, and keeps it here as long as the model lives.
+# Dynamo cannot trace the making of a shell, nor call a module that a constant function returns, but it traces a look-up
+# in a global dict. So a compiled call makes its shell once, while tracing, and keeps it here while the model lives.
 _SHELLS: dict[int, Shell] = {}
 
 

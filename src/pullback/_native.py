@@ -5,11 +5,11 @@
 - `scaled_dot_product_attention`: the fused kernels have no batching rule and no second derivative. The explicit form
   holds the attention matrix, ``[batch head query key]``.
 - `multi_head_attention_forward`: one Python function that would hide its parts (linear, softmax) from the rules.
-- `dropout` with ``training=True`` hard-coded: an explanation of a random function is not a function. It is left out, and told.
+- `dropout` with ``training=True`` hard-coded: an explanation of a random function is not a function. Left out and told.
 - `embedding` with ``max_norm``: torch rescales the weight in place.
 - recurrent layers on CUDA: cuDNN refuses a backward in eval mode and has no second derivative.
 
-A form is called as ``form(mode, func, *args, **kwargs)``; it runs outside the mode, ``with mode.within():`` goes back in.
+A form is called as ``form(mode, func, *args, **kwargs)``; it runs outside the mode; ``with mode.within():`` goes back.
 """
 
 from __future__ import annotations

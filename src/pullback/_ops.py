@@ -2,8 +2,8 @@
 
 A `torch.overrides.TorchFunctionMode` sees every call of a torch function that Python makes, whatever its spelling
 (`nn.ReLU`, `F.relu`, `torch.relu`, `x.relu()`, `x.relu_()`, a name bound before). It is local to the thread and to the
-``with`` block, so nothing global is patched. What runs inside one C++ call (a scripted module, a fused kernel) and inside a
-foreign `autograd.Function` is out of its sight.
+``with`` block, so nothing global is patched. What runs inside one C++ call (a scripted module, a fused kernel) and
+inside a foreign `autograd.Function` is out of its sight.
 
 `operation_of` brings the spellings of one operation together: it is the key of every table of rules.
 """
@@ -107,7 +107,7 @@ SPELLINGS = _spellings()
 
 
 def operation_of(function: Operation) -> Operation:
-    """Give the canonical form of a torch function: `F.relu`, `torch.Tensor.relu_` and `torch.relu` are one operation."""
+    """Give the canonical form of a torch function: `F.relu`, `Tensor.relu_` and `torch.relu` are one operation."""
     spelling = SPELLINGS.get(function)
     return spelling.operation if spelling else function
 

@@ -1,16 +1,16 @@
 """Find out what a layer will put out, without compute.
 
-The derivative with respect to a layer is taken with respect to a zero that is added to its output, and that zero needs a
-shape before the model runs. The model therefore runs once on the meta device (shapes only); where that fails (constants
-made on a fixed device, branches on values) on fake tensors; where that fails too once for real. What was seen is kept
-by model and input shape, weakly, and checked against what each real run brings.
+The derivative with respect to a layer is taken with respect to a zero that is added to its output, and that zero needs
+a shape before the model runs. The model therefore runs once on the meta device (shapes only); where that fails
+(constants made on a fixed device, branches on values) on fake tensors; where that fails too once for real. What was
+seen is kept by model and input shape, weakly, and checked against what each real run brings.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -118,7 +118,7 @@ def _aliases(a: Tensor, b: Tensor) -> bool:
 
 
 def _watch(shell: Shell, x: Any, sites: Sequence[Site]) -> dict[Site, tuple[Seen, ...]]:
-    """Run the shell and note, for each call of each site, the shape, and whether input and output are written as one."""
+    """Run the shell and note, for each call of each site, the shape, and whether input and output are one tensor."""
     notes: dict[Site, list[tuple[Tensor, Tensor | None, int, bool]]] = {site: [] for site in sites}
     entered: dict[Site, list[tuple[Tensor | None, int]]] = {site: [] for site in sites}
 
@@ -166,10 +166,8 @@ def _watch_all(shell: Shell, x: Any) -> dict[str, tuple[torch.Size, ...]]:
         return args, kwargs
 
     def after(site: Site, args: tuple[Any, ...], result: Any) -> Any:
-        try:
+        with suppress(ValueError):  # nothing to name there
             found.setdefault(site.name, []).append(find_part(result, site)[0].shape)
-        except ValueError:  # nothing to name there
-            pass
         return result
 
     for name, layer in shell.layers():

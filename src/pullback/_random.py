@@ -1,8 +1,8 @@
 """Random numbers as a function of a seed and a place.
 
-A counter-based generator: each number is a hash of seed, sample index and position within the example. It neither reads nor
-moves torch's generator, takes the seed as a tensor (so that `vmap` over seeds works without a `randomness` flag), and
-gives the same numbers on every device.
+A counter-based generator: each number is a hash of seed, sample index and position within the example. It neither reads
+nor moves torch's generator, takes the seed as a tensor (so that `vmap` over seeds works without a `randomness` flag),
+and gives the same numbers on every device.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A shell: a structural copy of a module, made for one call.
 
 `torch.func.functional_call` swaps the module's own tensors while it runs, so two threads with two sets of parameters
-compute nonsense on one module, silently. A shell has the same classes and attributes as the module, but its own dicts of
-submodules, parameters, buffers and hooks, and shares every tensor: parameters are installed in it, taps hook it, it is in
-eval mode, and the module that the caller holds is never touched. It costs some microseconds a submodule.
+compute nonsense on one module, silently. A shell has the same classes and attributes as the module, but its own dicts
+of submodules, parameters, buffers and hooks, and shares every tensor: parameters are installed in it, taps wrap its
+layers, it is in eval mode, and the module that the caller holds is never touched. It costs some microseconds a layer.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ _OWN_DICTS = (
 )
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _SKIPPED = frozenset(
-    (*_OWN_DICTS, *_BACKWARD_HOOKS, "_modules", "_state_dict_hooks", "_state_dict_pre_hooks")
-    + ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set", "training")
+    (
+        *(*_OWN_DICTS, *_BACKWARD_HOOKS, "_modules", "training", "_non_persistent_buffers_set"),
+        *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    )
 )
 _ATOMS = frozenset((bool, int, float, str, type(None), Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size))
 
@@ -91,7 +93,8 @@ def named_layers(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class Shell:
     """A structural copy of `model`, and the means to install parameters in it.
 
-    `root` is the copy; `of(path)` the copy of a submodule; `unheard` names the modules whose backward hooks are left out.
+    `root` is the copy; `of(path)` the copy of a submodule; `unheard` names the layers whose backward hooks are left
+    out.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -247,7 +250,7 @@ class Shell:
     # -- parameters
 
     def install(self, params: Params) -> None:
-        """Put the tensors of `params` in the place of the module's own; a tied weight takes them under all its names."""
+        """Put the tensors of `params` in the place of the module's own; a tied weight under all its names."""
         given: dict[str, Tensor] = {}
         for part in params if isinstance(params, tuple) else (params,):
             given.update(part)

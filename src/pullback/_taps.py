@@ -1,8 +1,8 @@
 """Read and edit what layers put out (or take in) during one call.
 
-A `Site` names where: a layer, its output or input, which tensor of a tuple, which call of a layer that is called several
-times. `attach` hooks the copy of the layer in a shell; `edit(site, call, tensor)` then sees each activation and gives
-what the model goes on with.
+A `Site` names where: a layer, its output or input, which tensor of a tuple, which call of a layer that is called
+several times. `attach` wraps the copy of the layer in a shell; `edit(site, call, tensor)` then sees each activation and
+gives what the model goes on with.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class attach:
 def around(
     layer: nn.Module, site: Site, before: Callable[..., Any], after: Callable[..., Any] | None
 ) -> Callable[[], None]:
-    """Run `before(site, args, kwargs)` and `after(site, args, result)` around a layer's call, the user's hooks inside."""
+    """Run `before(site, args, kwargs)` and `after(site, args, result)` around a layer's call, its hooks inside."""
     call = layer.forward
     if layer._forward_hooks or layer._forward_pre_hooks:
         twin = object.__new__(type(layer))

@@ -94,7 +94,7 @@ def _stacked(targets: Any) -> Tensor:
             targets = torch.as_tensor(np.asarray(list(targets) if isinstance(targets, range) else targets))
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"`targets` must be integers or cotangents in one tensor, the targets first, got {type(targets).__name__}."
+                f"`targets` must be one tensor of integers or cotangents, targets first, got {type(targets).__name__}."
             ) from error
     if targets.ndim == 0 or not len(targets):
         raise ValueError(f"`targets` must be a list of at least one target, got shape {list(targets.shape)}.")

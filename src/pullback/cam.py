@@ -46,9 +46,9 @@ def grad_cam(
 
     Args:
         params, model, x, target, layer, at, rules, output, strict: See `gradient`. The layer's activation is
-            ``[batch channel ...]`` with 1 to 3 spatial axes, or ``[batch token channel]`` for an image `x`: its tokens are
-            laid out on the image's grid, leading class tokens left out. Calls of a reused layer are summed before the
-            clamp.
+            ``[batch channel ...]`` with 1 to 3 spatial axes, or ``[batch token channel]`` for an image `x`: its tokens
+            are laid out on the image's grid, leading class tokens left out. Calls of a reused layer are summed before
+            the clamp.
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, not negative.
@@ -57,7 +57,8 @@ def grad_cam(
         ValueError: If the layer's activation has no spatial axes.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
         >>> params, x = params_of(model), torch.randn(2, 3, 6, 6)
         >>> cam = torch.einsum("c,bchw->bhw", model[3].weight[0], model[0](x)) / 16  # here it is CAM
         >>> torch.allclose(grad_cam(params, model, x, 0, layer="0")[:, 0], cam.clamp(min=0), atol=1e-6)
@@ -101,7 +102,8 @@ def linear_approx(
         Map ``[batch 1 ...]`` at the layer's resolution, signed, in units of the score.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 2, bias=False))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2, bias=False))
         >>> params, x = params_of(model), torch.randn(2, 3, 6, 6)
         >>> m = linear_approx(params, model, x, 0, layer="0")
         >>> torch.allclose(m.sum((1, 2, 3)), model(x)[:, 0], atol=1e-5)  # linear above the layer

@@ -125,7 +125,8 @@ def guided_backprop(
 
     .. math:: g \mapsto \max(g, 0) \cdot 1[x > 0] \quad \text{at each rectifier}
 
-    Reaches every spelling of ReLU, and `relu6`, `hardtanh`, `clamp` and `threshold` where they rectify. Costs 1 gradient.
+    Reaches every spelling of ReLU, and `relu6`, `hardtanh`, `clamp` and `threshold` where they rectify. Costs 1
+    gradient.
     It restores the image more than it explains the class: it changes little when the weights above are randomised
     (Adebayo et al., Sanity Checks for Saliency Maps, 2018).
 
@@ -228,7 +229,8 @@ def saliency(
         ValueError: If `smooth` is negative, or `resize` does not fit the map.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 2))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
         >>> params, x = params_of(model), torch.randn(2, 3, 6, 6)
         >>> peak = gradient(params, model, x, target=0).abs().amax(1, keepdim=True)
         >>> torch.equal(saliency(params, model, x, target=0), peak)

@@ -39,7 +39,7 @@ def channel_sum(attribution: Tensor) -> Tensor:
 
 
 def weighted_sum(activation: Tensor, weights: Tensor) -> Tensor:
-    """Sum channels of an activation with weights ``[batch channel]`` or of the activation's shape, ``[batch 1 ...]``."""
+    """Sum channels with weights ``[batch channel]`` or of the activation's own shape, ``[batch 1 ...]``."""
     pattern = "batch channel" if weights.ndim == 2 else "batch channel ..."
     return einsum(activation, weights, f"batch channel ..., {pattern} -> batch ...").unsqueeze(1)
 

@@ -38,13 +38,13 @@ def integrated_gradients(
     over targets the forwards are shared.
 
     Args:
-        params, model, x, target, rules, output, strict: See `gradient`. A cotangent as `target` is taken as it is at each
-            point.
+        params, model, x, target, rules, output, strict: See `gradient`. A cotangent as `target` is taken as it is at
+            each point.
         baseline: Start of the path, with the structure of `x`, broadcast to it. Zeros if omitted.
         steps: Points on the path.
         chunk_size: Points evaluated together. All of them if omitted.
-        return_info: Return ``(attribution, info)``, where ``info["gap"]``, ``[batch]``, is the sum of the attribution less
-            the difference in score. Costs 2 forwards.
+        return_info: Return ``(attribution, info)``, where ``info["gap"]``, ``[batch]``, is the sum of the attribution
+            less the difference in score. Costs 2 forwards.
 
     Returns:
         Attribution, shaped like `x`, signed, in units of the score.
@@ -66,19 +66,19 @@ def integrated_gradients(
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
     leaves = Leaves(x)
     starts = _baselines(leaves, baseline)
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    nodes, weights = gauss_legendre(steps)
     table = table_of(rules)
     total: Any = None
     for part in chunks(steps, chunk_size):
         count = len(part)
         points = [
-            folded(torch.stack([b + (1 + float(nodes[i])) / 2 * (t - b) for i in part]))
+            folded(torch.stack([b + nodes[i] * (t - b) for i in part]))
             for t, b in zip(leaves.tensors, starts, strict=True)
         ]
         copies = leaves.rebuild(points, lambda v: repeated(v, count, leaves.batch))  # noqa: B023
         targets = repeated(target, count, leaves.batch)
         slopes = gradient(params, model, copies, targets, rules=table, output=output, strict=strict)
-        summed = each(lambda g: _weighted(unfolded(g, count), weights[part.start : part.stop] / 2), slopes)  # noqa: B023
+        summed = each(lambda g: _weighted(unfolded(g, count), weights[part.start : part.stop]), slopes)  # noqa: B023
         total = summed if total is None else each(torch.add, total, summed)
     integrals = Leaves(total).tensors
     attributions = [(t - b) * g for t, b, g in zip(leaves.tensors, starts, integrals, strict=True)]
@@ -93,9 +93,18 @@ def integrated_gradients(
     return attribution, {"gap": gap}
 
 
-def _weighted(slopes: Tensor, weights: np.ndarray) -> Tensor:
+def gauss_legendre(steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Give nodes and weights on [0, 1], in float64."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    return tuple(((1 + nodes) / 2).tolist()), tuple((weights / 2).tolist())
+
+
+gauss_legendre._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # not traced
+
+
+def _weighted(slopes: Tensor, weights: tuple[float, ...]) -> Tensor:
     """Sum over the first axis with weights."""
-    return torch.tensordot(torch.as_tensor(weights, dtype=slopes.dtype, device=slopes.device), slopes, 1)
+    return torch.tensordot(torch.tensor(weights, dtype=slopes.dtype, device=slopes.device), slopes, 1)
 
 
 def _baselines(leaves: Leaves, baseline: Any) -> list[Tensor]:

@@ -1,7 +1,7 @@
 r"""Backward variants of rectifiers.
 
-A rectifier passes its input where it is positive, :math:`y = \max(x, 0)`, and its derivative passes the cotangent there.
-The variants of this module keep the forward and change what passes backward:
+A rectifier passes its input where it is positive, :math:`y = \max(x, 0)`, and its derivative passes the cotangent
+there. The variants of this module keep the forward and change what passes backward:
 
 ==================== ==========================================
 plain                :math:`g \cdot 1[x > 0]`, the derivative
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pullback._ops import Operation, Rule, operation_of
+from pullback._ops import Operation, Rule, compiling, operation_of
 
 RECTIFIERS = tuple(
     operation_of(op) for op in (torch.relu, F.relu6, F.hardtanh, torch.clamp, torch.clamp_min, torch.threshold)
@@ -31,7 +31,7 @@ _RELU, _RELU6, _HARDTANH, _CLAMP, _CLAMP_MIN, _THRESHOLD = RECTIFIERS
 
 
 def ceiling(operation: Operation, x: Tensor, *args: Any, **kwargs: Any) -> float | None:
-    """Give the value at which a rectifier saturates (infinity for ReLU), or None where the operation is no rectifier."""
+    """Give the value at which a rectifier saturates (infinity for ReLU), or None where the operation is none."""
 
     def argument(position: int, name: str, default: Any) -> Any:
         return kwargs.get(name, args[position] if len(args) > position else default)
@@ -56,7 +56,7 @@ def ceiling(operation: Operation, x: Tensor, *args: Any, **kwargs: Any) -> float
     return float("inf") if high is None else float(high)
 
 
-class _Rectifier(torch.autograd.Function):
+class _TracedRectifier(torch.autograd.Function):
     """A rectifier with one of the backward variants. It keeps a mask, not its input, which may be overwritten."""
 
     generate_vmap_rule = True
@@ -82,6 +82,10 @@ class _Rectifier(torch.autograd.Function):
             cotangent = cotangent.clamp(min=0)
         return (cotangent if ctx.variant == "deconvnet" else cotangent * passes), None, None
 
+
+class _Rectifier(_TracedRectifier):
+    """The same with forward mode, which torch.compile does not trace."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (passes,) = ctx.saved_tensors
@@ -93,7 +97,10 @@ def variant(name: str) -> Rule:
 
     def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         high = ceiling(operation, input, *args, **kwargs)
-        return NotImplemented if high is None else _Rectifier.apply(input, high, name)[0]  # pyright: ignore[reportOptionalSubscript]
+        if high is None:
+            return NotImplemented
+        rectifier = _TracedRectifier if compiling() else _Rectifier
+        return rectifier.apply(input, high, name)[0]  # pyright: ignore[reportOptionalSubscript]
 
     return rule
 

@@ -7,8 +7,8 @@
   spelling of an operation names it: `torch.relu`, `torch.nn.functional.relu` and `torch.Tensor.relu_` are one;
 - an `autograd.Function` in the place of ReLU, or a rule for all rectifiers.
 
-A rule is called as ``rule(operation, *args, **kwargs)`` with the operation in its pure form, and returns what the operation
-returns, or `NotImplemented` for a use that it does not cover.
+A rule is called as ``rule(operation, *args, **kwargs)`` with the operation in its pure form, and returns what the
+operation returns, or `NotImplemented` for a use that it does not cover.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def from_function(function: type[torch.autograd.Function]) -> Rule:
     base = torch.autograd.function._SingleLevelFunction
     if function.setup_context is base.setup_context:
         raise TypeError(
-            f"`rules` got {function.__name__}, an autograd.Function of the old form, `forward(ctx, x)`, which torch.func "
-            "cannot run. Split it into `forward(x)` and `setup_context(ctx, inputs, output)`, with "
+            f"`rules` got {function.__name__}, an autograd.Function of the old form, `forward(ctx, x)`, which "
+            "torch.func cannot run. Split it into `forward(x)` and `setup_context(ctx, inputs, output)`, with "
             "`generate_vmap_rule = True`."
         )
 
