@@ -163,7 +163,7 @@ def test_the_photograph_itself_is_never_overwritten(capsys, folder):
 def test_more_targets_than_the_figure_shows(capsys):
     code, out, _ = run(capsys, "explain", "a.png", *TOY, "--targets", "all", "--show", "2")
     assert code == 0
-    assert "  the figure shows 2 of 4 targets (--show), the maps are of all" in out
+    assert "  the figure shows the 2 most probable of 4 targets (--show)" in out
     with np.load("out/a-maps.npz") as file:
         assert len(file["gradient"]) == 4
 

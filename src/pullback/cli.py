@@ -253,7 +253,7 @@ class Task:
         best = probabilities.topk(min(5, len(probabilities))).indices.tolist()
         lines = [f"  {percent(probabilities[i].item()):>6}  {i:>4}  {self.label(i)}" for i in best]
         if self.show < len(targets):
-            lines.append(f"  the figure shows {self.show} of {len(targets)} targets (--show), the maps are of all")
+            lines.append(f"  the figure shows the {self.show} most probable of {len(targets)} targets (--show)")
         return [*lines, *(f"  wrote {file}" for file in files)]
 
     def attribution(self, name: str, x: Tensor, targets: Sequence[int]) -> Tensor:
@@ -279,12 +279,14 @@ class Task:
 
         from pullback import plot
 
-        shown = targets[: self.show]
+        places = list(range(len(targets)))
+        if len(targets) > self.show:
+            places = probabilities[list(targets)].topk(self.show).indices.tolist()
         rows = {}
         for name, attribution in attributions.items():
             layer = self.methods[name].get("layer")
-            rows[name + (f"\n{layer}" if layer else "")] = drawn(name, attribution[: len(shown)], x, self.smooth)
-        columns = [f"{self.label(i)}\n{i} · {percent(probabilities[i].item())}" for i in shown]
+            rows[name + (f"\n{layer}" if layer else "")] = drawn(name, attribution[places], x, self.smooth)
+        columns = [f"{self.label(i)}\n{i} · {percent(probabilities[i].item())}" for i in (targets[p] for p in places)]
         best = probabilities.topk(min(5, len(probabilities))).indices.tolist()
         predictions = [(self.label(i), probabilities[i].item()) for i in best]
         return plot.grid(pixels, rows, columns, predictions=predictions, title=title, figure=Figure())
