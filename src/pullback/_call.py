@@ -57,8 +57,9 @@ def params_of(model: nn.Module) -> dict[str, Tensor]:
             else:
                 named = getattr(module, kind).items()
             for name, tensor in named:
-                floating = tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
-                if floating and id(tensor) not in seen:
+                if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
+                    continue
+                if id(tensor) not in seen:
                     seen.add(id(tensor))
                     found[f"{prefix}.{name}" if prefix else name] = tensor.detach()
     return found
@@ -363,7 +364,7 @@ def pullback(
     def forward(*tensors: Tensor) -> Tensor:
         return run(params, model, leaves.rebuild(tensors, lambda v: v), output=output, table=table, strict=strict)
 
-    y, back = vjp(forward, *leaves.tensors)
+    y, back = vjp(forward, *leaves.tensors)  # pyright: ignore[reportAssignmentType]
     return Pulled(y, leaves.tensors, shared_pull(back), lambda tensors: leaves.rebuild(tensors, lambda v: None))
 
 
@@ -428,7 +429,7 @@ def _pullback_to_seen(
             raise _Surprise
         return y, tuple(activations[call] for call in chosen)
 
-    y, back, activations = vjp(forward, *zeros, has_aux=True)
+    y, back, activations = vjp(forward, *zeros, has_aux=True)  # pyright: ignore[reportAssignmentType]
 
     def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
         return tuple(g.to(a.dtype) for g, a in zip(back(cotangent), activations, strict=True))
@@ -515,7 +516,7 @@ def cotangent(output: Tensor, target: Target) -> Tensor:
     An index that cannot be read (under `vmap` or `torch.compile`) and is out of range gives NaN.
     """
     if callable(target):
-        scores, back = vjp(lambda y: _checked_scores(target(y), output), output)
+        scores, back = vjp(lambda y: _checked_scores(target(y), output), output)  # pyright: ignore[reportAssignmentType]
         return back(torch.ones_like(scores))[0]
     if target is None:
         _checked_scores(output.reshape(output.shape[:1]) if output.shape[1:] == (1,) else output, output, given=False)

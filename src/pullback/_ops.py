@@ -91,7 +91,7 @@ def _inplace_position(function: Operation) -> int | None:
 
 def _spellings() -> dict[Operation, Spelling]:
     found: dict[Operation, Spelling] = {}
-    homes = (torch, torch.Tensor, F, torch._C._nn)
+    homes = (torch, torch.Tensor, F, torch._C._nn)  # pyright: ignore[reportAttributeAccessIssue]
     for spelled in [*dict.fromkeys(_NAMES), *_ALIASES]:
         name = _ALIASES.get(spelled, spelled)
         canonical = next(getattr(home, name) for home in (torch, F, torch.Tensor) if hasattr(home, name))

@@ -75,7 +75,7 @@ def _without_compute(
         with torch.no_grad(), _outside_transforms():
             for attempt in (_on_meta, _on_fake):
                 try:
-                    return attempt(model, x, watch), False
+                    return attempt(params, model, x, watch), False
                 except Exception:  # whatever it is, a real run raises it again
                     continue
     shell.install(params)
@@ -83,31 +83,32 @@ def _without_compute(
         return watch(shell, each(torch.clone, x)), True
 
 
-def _on_meta(model: nn.Module, x: Any, watch: Callable[[Shell, Any], Result]) -> Result:
+def _on_meta(params: Params, model: nn.Module, x: Any, watch: Callable[[Shell, Any], Result]) -> Result:
     def stand_in(t: Tensor) -> Tensor:
         return torch.empty(t.shape, dtype=t.dtype, device="meta")
 
-    return watch(_hollow(model, stand_in), each(stand_in, x))
+    return watch(_hollow(params, model, stand_in), each(stand_in, x))
 
 
-def _on_fake(model: nn.Module, x: Any, watch: Callable[[Shell, Any], Result]) -> Result:
+def _on_fake(params: Params, model: nn.Module, x: Any, watch: Callable[[Shell, Any], Result]) -> Result:
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, seldom needed
 
     def stand_in(t: Tensor) -> Tensor:
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return watch(_hollow(model, stand_in), each(stand_in, x))
+        return watch(_hollow(params, model, stand_in), each(stand_in, x))
 
 
-def _hollow(model: nn.Module, stand_in: StandIn) -> Shell:
+def _hollow(params: Params, model: nn.Module, stand_in: StandIn) -> Shell:
     shell = Shell(model)
+    shell.install(params)
     made: dict[int, Tensor] = {}
     for _, layer in shell.layers():
         for owned in (layer._parameters, layer._buffers):
             for name, tensor in owned.items():
                 if tensor is not None:
-                    owned[name] = made.setdefault(id(tensor), stand_in(tensor))
+                    owned[name] = made.setdefault(id(tensor), stand_in(tensor))  # pyright: ignore[reportArgumentType]
     shell.install({})
     return shell
 

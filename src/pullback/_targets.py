@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pullback._batch import each
 from pullback._ops import compiling, swapped
 
-functorch = torch._C._functorch
+functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 Pull = Callable[[Tensor], tuple[Tensor, ...]]
 
 
