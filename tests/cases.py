@@ -47,6 +47,9 @@ class Rectifier(nn.Module):
 class Affine(nn.Module):
     """Eval batch norm, or instance norm with running statistics, as the affine map that it is."""
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
@@ -82,7 +85,7 @@ def functional_statement(h: Tensor) -> Tensor:
 
 
 def threshold_statement(h: Tensor) -> Tensor:
-    F.threshold_(h, 0, 0)
+    torch.threshold_(h, 0, 0)
     return h
 
 
@@ -101,7 +104,7 @@ SPELLINGS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], float]] = {
     "clamp_ statement": (lambda: clamp_statement, INFINITE),
     "clamp(0, 0.4)": (lambda: lambda h: h.clamp(0, 0.4), 0.4),
     "F.threshold(h, 0, 0)": (lambda: lambda h: F.threshold(h, 0, 0), INFINITE),
-    "F.threshold_ statement": (lambda: threshold_statement, INFINITE),
+    "torch.threshold_ statement": (lambda: threshold_statement, INFINITE),
     "F.hardtanh(h, 0, 0.4)": (lambda: lambda h: F.hardtanh(h, 0.0, 0.4), 0.4),
     "F.relu6": (lambda: lambda h: F.relu6(15 * h) / 15, 6 / 15),
     "nn.ReLU": (lambda: nn.ReLU(), INFINITE),
@@ -593,6 +596,10 @@ class OwnTrain(nn.Module):
 class Normalising(nn.Module):
     """Scales its input by buffers, then hands on a non-contiguous, permuted view."""
 
+    mean: Tensor
+    scale: Tensor
+    order: Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.randn(2, 1, 1))
@@ -684,11 +691,11 @@ class Case:
     def call(self, model: nn.Module, x: Any) -> Tensor:
         """The output that is explained."""
         out = model(*x) if isinstance(x, tuple) else model(**x) if isinstance(x, dict) else model(x)
-        selected = self.options.get("output")
+        selected: Any = self.options.get("output")
         if selected is None:
             return out
         if callable(selected):
-            return selected(out)
+            return torch.as_tensor(selected(out))
         if isinstance(selected, str) and not isinstance(out, dict):
             return getattr(out, selected)
         return out[selected]

@@ -27,7 +27,8 @@ def scores(out: Tensor, target: Any) -> list[Tensor]:
     if target is None:
         return [out[i].reshape(()) for i in examples]
     if callable(target):
-        return [target(out)[i] for i in examples]
+        per_example: Any = target(out)
+        return [per_example[i] for i in examples]
     if isinstance(target, Tensor) and target.is_floating_point():
         return [(out[i] * target[i]).sum() for i in examples]
     indices = np.asarray(target)
@@ -95,10 +96,9 @@ def at_layer(
         rest = None
         if isinstance(value, tuple):
             value, rest = value[0], value[1:]
-        if not value.requires_grad:
-            value = value.detach().requires_grad_()
+        # A copy of its own: others may read the tensor, and what comes after may write to it.
+        value = value.clone() if value.requires_grad else value.detach().clone().requires_grad_()
         seen.append(value)
-        # What comes after may work in place: hand on a copy.
         return value.clone() if rest is None else (value.clone(), *rest)
 
     module = model.get_submodule(layer)
@@ -130,7 +130,8 @@ class GuidedRectifier(torch.autograd.Function):
         return h.clamp(0, high)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *cotangents):
+        (g,) = cotangents
         (h,) = ctx.saved_tensors
         passed = torch.zeros_like(g)
         where = (h > 0) & (h < ctx.high) & (g > 0)
@@ -146,7 +147,8 @@ class DeconvnetRectifier(torch.autograd.Function):
         return h.clamp(0, high)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *cotangents):
+        (g,) = cotangents
         passed = torch.zeros_like(g)
         passed[g > 0] = g[g > 0]
         return passed, None
@@ -195,14 +197,14 @@ def integrated_gradients_gauss(call: Call, x: Any, target: Any, baseline: Any, s
 
 
 def smooth_grad(attribute: Callable[[Tensor], Tensor], x: Tensor, noises: Sequence[Tensor], statistic: str) -> Tensor:
-    """Smilkov et al. 2017 (mean), its square, and Adebayo et al. 2018 (variance), over given draws of noise."""
+    """Smilkov et al. 2017 (mean), its square, and Adebayo et al. 2018 (unbiased variance), over given noise."""
     draws = [attribute(x + noise) for noise in noises]
     mean = sum(draws) / len(draws)
     if statistic == "mean":
         return mean  # type: ignore[return-value]
     if statistic == "squared":
         return sum(draw * draw for draw in draws) / len(draws)  # type: ignore[return-value]
-    return sum((draw - mean) ** 2 for draw in draws) / len(draws)  # type: ignore[return-value]
+    return sum((draw - mean) ** 2 for draw in draws) / (len(draws) - 1)  # type: ignore[return-value]
 
 
 # ---- class activation maps ----------------------------------------------------------------------------------------

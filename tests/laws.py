@@ -1,0 +1,186 @@
+"""The contract's list: every public method, what a small call of it needs, and what it does not support.
+
+A method is a public function whose first four arguments are `(params, model, x, target)`. It joins by being public; an
+entry in `LAWS` is owed only where a call needs options or does not support something. What is not supported stands in
+`EXCEPTIONS` with the reason, and `test_laws.py` asserts that it raises: nothing is skipped. README's table is made
+from the same list.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from cases import BY_NAME, CASES, Case
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import pullback
+
+Method = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Law:
+    """How the laws call one method.
+
+    Attributes:
+        options: Keyword arguments that keep a call small.
+        points: How many times one call runs the model, for any number of targets.
+        rules: Changes the backward of rectifiers, and must tell of activations that it does not cover.
+        basis: Stands for a mechanism of its own: `make test` tries it on every model, not on the core alone.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    points: int = 1
+    rules: bool = False
+    basis: bool = False
+
+
+LAWS: dict[str, Law] = {
+    "gradient": Law(basis=True),
+    "guided_backprop": Law(rules=True, basis=True),
+    "deconvnet": Law(rules=True),
+    "grad_cam": Law(basis=True),
+    "integrated_gradients": Law(options={"steps": 3}, points=3),
+    "smooth_grad": Law(options={"samples": 3, "noise": 0.1}, points=3),
+}
+
+TRANSFORMS = {
+    "targets": "`vmap` over targets",
+    "inputs": "`vmap` over inputs",
+    "params": "`vmap` over parameters",
+    "seed": "`vmap` over seeds",
+    "grad": "`grad` and `jacrev` through it",
+    "jvp": "`jvp` through it",
+    "compile": "`torch.compile(fullgraph=True)`",
+    "call": "any call",
+}
+
+
+@dataclass(frozen=True)
+class Exempt:
+    """One thing that is not supported: by whom, on what, why, and how it says so."""
+
+    transform: str
+    reason: str
+    raises: type[Exception] | tuple[type[Exception], ...]
+    match: str
+    methods: Callable[[str], bool] = lambda name: True
+    cases: Callable[[Case], bool] = lambda case: True
+    who: str = "all methods"
+    on: str = "any model"
+    since: Callable[[], bool] = lambda: True
+
+
+def takes_no_layer(name: str) -> bool:
+    return "layer" not in inspect.signature(METHODS[name]).parameters
+
+
+EXCEPTIONS: list[Exempt] = []
+
+
+# ---- what the tests ask -------------------------------------------------------------------------------------------
+
+
+def is_method(value: Any) -> bool:
+    """A public function that begins with `(params, model, x, target)`."""
+    if not inspect.isfunction(value):
+        return False
+    return list(inspect.signature(value).parameters)[:4] == ["params", "model", "x", "target"]
+
+
+METHODS: dict[str, Method] = {
+    name: getattr(pullback, name) for name in pullback.__all__ if is_method(getattr(pullback, name))
+}
+
+CORE = [
+    "F.relu",
+    "h.relu_() statement",
+    "relu6 used twice",
+    "residual",
+    "aliased skip",
+    "called twice",
+    "attention",
+    "scaled dot product",
+    "gelu mlp",
+    "keyword inputs",
+    "tokens",
+    "dense output",
+    "batch norm before tokens",
+    "spectral norm",
+]
+
+
+def law(name: str) -> Law:
+    return LAWS.get(name, Law())
+
+
+def exempt(name: str, case: Case, transform: str) -> Exempt | None:
+    """The entry that takes this call out of the law, if there is one."""
+    for entry in EXCEPTIONS:
+        if entry.transform in (transform, "call") and entry.methods(name) and entry.cases(case) and entry.since():
+            return entry
+    return None
+
+
+def options(name: str, case: Case) -> dict[str, Any]:
+    """The keyword arguments of a small call of this method on this model."""
+    layer = inspect.signature(METHODS[name]).parameters.get("layer")
+    chosen = {**law(name).options, **case.options}
+    if layer is not None and (case.integer or layer.default is inspect.Parameter.empty):
+        chosen["layer"] = case.layers[0]
+    return chosen
+
+
+def flat(result: Any) -> tuple[Tensor, ...]:
+    """The tensors of a result; `vmap` takes nothing else, so the `None` of integer inputs go."""
+    return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+
+
+def method_on(name: str, case: Case, **more: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """The method with its options for this case, silent about what the case is known to hold."""
+
+    @functools.wraps(METHODS[name])
+    def call(params: Any, model: Any, x: Any, target: Any, **other: Any) -> tuple[Tensor, ...]:
+        with warnings.catch_warnings():
+            if law(name).rules and case.uncovered:
+                warnings.simplefilter("ignore", UserWarning)
+            return flat(METHODS[name](params, model, x, target, **{**options(name, case), **more, **other}))
+
+    return call
+
+
+def targets(case: Case, count: int = 3) -> Tensor:
+    """`[target batch]` indices, or cotangents where the output has no class axis."""
+    if case.targets:
+        return torch.stack([(torch.arange(2) + k) % case.targets for k in range(count)])
+    shape = case.call(case.model(), case.x).shape
+    return torch.stack([torch.full(shape, 1.0 + k, dtype=torch.float64) for k in range(count)])
+
+
+def pairs(transform: str = "call") -> list[Any]:
+    """Every method on every model; what `make test` leaves to `make test-all` is marked slow."""
+    import pytest
+
+    def marks(name: str, case: Case) -> list[Any]:
+        quick = law(name).basis or case.name in CORE
+        return [] if quick else [pytest.mark.slow]
+
+    return [
+        pytest.param(name, case, id=f"{name}-{case.name}", marks=marks(name, case))
+        for name in METHODS
+        for case in CASES
+    ]
+
+
+def exceptions_table() -> str:
+    """README's table, a row for each entry of `EXCEPTIONS`."""
+    rows = [f"| {TRANSFORMS[e.transform]} | {e.who} | {e.on} | {e.reason} |" for e in EXCEPTIONS]
+    return "\n".join(["| not supported | by | on | because |", "| --- | --- | --- | --- |", *rows])
+
+
+assert set(CORE) <= set(BY_NAME)
