@@ -115,11 +115,13 @@ class Shell:
         if copy is not None:
             return copy
         original = submodule(self.model, path)  # a second name of a shared module, or a name with wrappers in it
-        return None if original is None else self._copies.get(id(original))
+        if original is None or is_scripted(original):
+            return original
+        return self._copies.get(id(original))
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         for name, original in named_layers(self.model):
-            yield name, self._copies[id(original)]
+            yield name, self._copies.get(id(original), original)  # the inside of a scripted module is not copied
 
     # -- copying
 
