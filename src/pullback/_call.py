@@ -22,13 +22,13 @@ from pullback import _native
 from pullback._ops import Table, compiling, swapped
 from pullback._probe import described, known, probe, remember, shapes
 from pullback._shell import Params, Shell, is_scripted, named_layers
-from pullback._taps import Seen, Site, around, attach
+from pullback._taps import Layer, Seen, Site, around, attach
 from pullback._targets import check_indices, check_range, measuring, note_forward, readable, shared_pull
 
 Model: TypeAlias = "nn.Module | Callable[[Any, Any], Any]"
 Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
 Target: TypeAlias = "int | Sequence[int] | np.ndarray | Tensor | Callable[[Tensor], Tensor] | None"
-Select: TypeAlias = "str | int | Callable[[Any], Tensor] | None"
+Select: TypeAlias = "str | int | Layer | Callable[[Any], Tensor] | None"
 
 
 class PullbackWarning(UserWarning):
@@ -194,6 +194,9 @@ def run(
     """Run the model once, in eval mode, on a shell, with the operations of `table` traded and layers edited."""
     leaves = Leaves(x)
     x = leaves.rebuild([t.clone() for t in leaves.tensors], lambda v: None if v is None else v.clone())
+    read: list[Tensor] = []
+    if isinstance(output, Layer):
+        sites, edit = _reading(Site.parse(output.name, output.at), read, sites, edit)
     mode = swapped(table)
     mode.measures = measuring()
     if not isinstance(model, nn.Module):
@@ -207,7 +210,54 @@ def run(
         result = _run_module(params, model, x, mode, sites, edit, seen or {})
     note_forward(mode)
     _report(mode, strict)
+    if isinstance(output, Layer):
+        return select(_only_call(read, Site.parse(output.name, output.at)), None)
     return select(result, output)
+
+
+def _reading(
+    site: Site, read: list[Tensor], sites: Sequence[Site], edit: Callable[[Site, int, Tensor], Tensor] | None
+) -> tuple[Sequence[Site], Callable[[Site, int, Tensor], Tensor]]:
+    """Add to the edits of a forward that what passes `site` is kept in `read`."""
+
+    def edited(at: Site, call: int, tensor: Tensor) -> Tensor:
+        tensor = edit(at, call, tensor) if edit is not None and at in sites else tensor
+        if at == site and site.call in (None, call):
+            read.append(tensor.clone())  # what comes after may write to it
+        return tensor
+
+    return (sites if site in sites else (*sites, site)), edited
+
+
+def activations(params: Params, model: Model, x: Inputs, layer: str = "", at: str = "output") -> tuple[Tensor, ...]:
+    """Give what `pullback` takes the derivative at, without a derivative: one tensor a call of the layer."""
+    site = Site.parse(layer, at)
+    if not site.name:
+        return Leaves(x).tensors
+    read: list[Tensor] = []
+    sites, edit = _reading(site, read, (), None)
+    run(params, model, x, output=lambda result: torch.zeros(()), sites=sites, edit=edit)
+    return tuple(read)
+
+
+def _only_call(read: Sequence[Tensor], site: Site) -> Tensor:
+    if len(read) != 1:
+        raise ValueError(
+            f"`{site}` is called {len(read)} times in a forward: choose a call, `{site}#0` to `{site}#{len(read) - 1}`."
+        )
+    return read[0]
+
+
+def activation(params: Params, model: Model, x: Inputs, *, layer: str, at: str = "output") -> Tensor:
+    """Read a layer's activation, ``[batch ...]``. Costs 1 forward.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(inplace=True))
+        >>> params, x = params_of(model), torch.randn(2, 3)
+        >>> torch.equal(activation(params, model, x, layer="0"), model[0](x))
+        True
+    """
+    return run(params, model, x, output=Layer(layer, at))
 
 
 def _run_module(
@@ -346,15 +396,17 @@ def pullback(
     output: Select = None,
     table: Table | None = None,
     strict: bool = False,
+    given: Sequence[Tensor] | None = None,
 ) -> Pulled:
     """Run the model once, and be ready to pull cotangents of its output back to `x` or to a layer.
 
     For a layer, the derivative is taken with respect to a zero added to its activation: the backward pass stops there,
     what comes before records no graph, and each call of a layer that is called several times has its own zero.
+    `given` takes the place of the tensors of `x`, or of the layer's activations.
     """
     site = Site.parse(layer, at)
     if site.name:
-        return _pullback_to_layer(params, model, x, site, output, table, strict)
+        return _pullback_to_layer(params, model, x, site, output, table, strict, given)
     leaves = Leaves(x)
     if not leaves.floating:
         raise TypeError(
@@ -364,8 +416,9 @@ def pullback(
     def forward(*tensors: Tensor) -> Tensor:
         return run(params, model, leaves.rebuild(tensors, lambda v: v), output=output, table=table, strict=strict)
 
-    y, back = vjp(forward, *leaves.tensors)  # pyright: ignore[reportAssignmentType]
-    return Pulled(y, leaves.tensors, shared_pull(back), lambda tensors: leaves.rebuild(tensors, lambda v: None))
+    tensors = leaves.tensors if given is None else tuple(given)
+    y, back = vjp(forward, *tensors)  # pyright: ignore[reportAssignmentType]
+    return Pulled(y, tensors, shared_pull(back), lambda tensors: leaves.rebuild(tensors, lambda v: None))
 
 
 class _Surprise(Exception):
@@ -373,17 +426,24 @@ class _Surprise(Exception):
 
 
 def _pullback_to_layer(
-    params: Params, model: Model, x: Inputs, site: Site, output: Select, table: Table | None, strict: bool
+    params: Params,
+    model: Model,
+    x: Inputs,
+    site: Site,
+    output: Select,
+    table: Table | None,
+    strict: bool,
+    given: Sequence[Tensor] | None,
 ) -> Pulled:
     if not isinstance(model, nn.Module):
         raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
     seen = _seen_at(params, model, x, site)
     try:
-        return _pullback_to_seen(params, model, x, site, seen, output, table, strict)
+        return _pullback_to_seen(params, model, x, site, seen, output, table, strict, given)
     except _Surprise:
         seen = _seen_at(params, model, x, site, real=True)
     try:
-        return _pullback_to_seen(params, model, x, site, seen, output, table, strict)
+        return _pullback_to_seen(params, model, x, site, seen, output, table, strict, given)
     except _Surprise:
         raise RuntimeError(f"`layer` names `{site}`, whose activation changes its shape from run to run.") from None
 
@@ -397,6 +457,7 @@ def _pullback_to_seen(
     output: Select,
     table: Table | None,
     strict: bool,
+    given: Sequence[Tensor] | None = None,
 ) -> Pulled:
     chosen = range(len(seen)) if site.call is None else [site.call]
     if not seen or (site.call is not None and site.call >= len(seen)):
@@ -418,6 +479,8 @@ def _pullback_to_seen(
                 raise _Surprise
             if not activation.is_floating_point() and not activation.is_complex():
                 raise TypeError(f"`layer` names `{site}`, whose activation is {activation.dtype}, not floating point.")
+            if given is not None:
+                activation = given[list(chosen).index(call)].to(activation.device, activation.dtype)
             activations[call] = activation
             # an overload of aten: the rules do not see it
             return torch.ops.aten.add.Tensor(activation, delta.to(activation.device, activation.dtype))

@@ -54,6 +54,25 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What a layer puts out (or takes in), where `output=` asks which output is explained.
+
+    The attribution is then that of a neuron, which `target` chooses in the layer's activation.
+
+    Example:
+        >>> from pullback import gradient, params_of
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> params, x = params_of(model), torch.randn(5, 3)
+        >>> a = gradient(params, model, x, 2, output=Layer("0"))
+        >>> torch.allclose(a, model[0].weight[2].expand(5, 3))
+        True
+    """
+
+    name: str
+    at: str = "output"
+
+
+@dataclass(frozen=True)
 class Seen:
     """What a probe saw of one call of a layer. `through`: an edit must be written into the layer's own input tensor."""
 
