@@ -94,11 +94,12 @@ class Shell:
     """A structural copy of `model`, and the means to install parameters in it.
 
     `root` is the copy; `of(path)` the copy of a submodule; `unheard` names the layers whose backward hooks are left
-    out.
+    out, unless `backward_hooks` keeps them for a run on ordinary autograd.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, backward_hooks: bool = False) -> None:
         self.model = unwrapped(model)
+        self._keeps_backward_hooks = backward_hooks
         self._copies: dict[int, nn.Module] = {}
         self._paths: dict[str, nn.Module] = {}
         self._slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
@@ -150,7 +151,7 @@ class Shell:
             if name in attributes:  # some are newer than the oldest torch
                 attributes[name] = type(attributes[name])(attributes[name])
         for name in _BACKWARD_HOOKS:
-            if attributes.get(name):
+            if attributes.get(name) and not self._keeps_backward_hooks:
                 self.unheard.append(path or type(module).__name__)
                 attributes[name] = OrderedDict()
         attributes["training"] = False
