@@ -110,7 +110,7 @@ def test_a_photograph_is_explained(capsys, folder):
     assert metadata["image"] == CAT
     assert metadata["model"] == "efficientnet-lite0"
     assert "efficientnet-lite0" in metadata["weights"]
-    assert metadata["methods"]["integrated_gradients"] == {"steps": 3}
+    assert metadata["methods"]["integrated_gradients"]["steps"] == 3
     assert metadata["methods"]["grad_cam"]["layer"]
     assert metadata["preprocessing"]["size"] == [224, 224]
     assert metadata["versions"]["torch"] == torch.__version__
@@ -279,8 +279,9 @@ def test_options_go_to_the_methods_that_take_them():
         "integrated-gradients, smooth_grad,gradient", ["steps=7", "smooth_grad.seed=3", "statistic=squared"], "auto"
     )
     assert list(chosen) == ["integrated_gradients", "smooth_grad", "gradient"]
-    assert chosen["integrated_gradients"] == {"steps": 7}
-    assert chosen["smooth_grad"] == {"seed": 3, "statistic": "squared"}
+    assert chosen["integrated_gradients"] == {"steps": 7, "chunk_size": 4}
+    assert chosen["smooth_grad"] == {"seed": 3, "statistic": "squared", "chunk_size": 4}
+    assert cli.chosen_methods("smooth_grad", ["chunk_size=9"], "auto") == {"smooth_grad": {"chunk_size": 9}}
     assert cli.chosen_methods("grad_cam,gradient", [], "auto") == {"grad_cam": {"layer": "auto"}, "gradient": {}}
     assert cli.chosen_methods("grad_cam", ["grad_cam.layer=a.b"], "auto") == {"grad_cam": {"layer": "a.b"}}
 

@@ -51,6 +51,7 @@ from pullback._networks import (
 # Sensitivities have no sign to add up over colours: how much the score moves, whichever way the colour does. The other
 # methods share out the score, and what they give to the colours of a pixel adds up.
 PEAK_OVER_CHANNELS = frozenset({"gradient", "guided_backprop", "deconvnet", "smooth_grad"})
+POINTS_AT_ONCE = 4  # of methods that average over many inputs: more of them take more memory, not less time
 
 
 # -- what was asked for ------------------------------------------------------------------------------------------------
@@ -142,6 +143,8 @@ def chosen_methods(text: str, settings: Iterable[str], layer: str) -> dict[str, 
         for option, parameter in accepted[name].items():
             if is_required(parameter) and option not in chosen[name]:
                 raise Problem(f"{name} needs --option {name}.{option}=VALUE")
+        if "chunk_size" in accepted[name]:
+            chosen[name].setdefault("chunk_size", POINTS_AT_ONCE)
     return chosen
 
 
