@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Form = Callable[..., Any]
+is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+# torch 2.0 has no torch.compiler
+compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 DROPOUT = "dropout with training=True"
 
 
@@ -34,7 +37,12 @@ def _normalised(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bia
     """Apply ``(x - mean) / sqrt(var + eps) * weight + bias`` as one affine map, statistics in at least float32."""
     scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
     shift = -mean * scale if bias is None else bias - mean * scale
-    return (x * scale + shift).to(x.dtype)
+    if scale.ndim == 1:
+        scale, shift = _per_channel(scale, x), _per_channel(shift, x)
+    y = x * scale
+    # in place where no transform may batch the shift alone: one pass over memory less
+    y = y + shift if compiling() or is_functorch_wrapped_tensor(shift) else y.add_(shift)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _batch_norm(
@@ -55,7 +63,8 @@ def _batch_norm(
         mean, var = wide.mean(dims, keepdim=True), wide.var(dims, unbiased=False, keepdim=True)
     else:
         wide_dtype = torch.promote_types(running_mean.dtype, torch.float32)
-        mean, var = (_per_channel(v.to(wide_dtype), input) for v in (running_mean, running_var))
+        mean, var = running_mean.to(wide_dtype), running_var.to(wide_dtype)
+        return _normalised(input, mean, var, weight, bias, eps)
     weight, bias = (None if v is None else _per_channel(v, input) for v in (weight, bias))
     return _normalised(input, mean, var, weight, bias, eps)
 
@@ -190,9 +199,10 @@ def _multi_head_attention(
     if add_zero_attn:
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
         extra += 1
-    mask = _attention_mask(q, attn_mask, key_padding_mask, batch, num_heads, extra)
-    if mask is None and is_causal:
+    if is_causal and key_padding_mask is None and not need_weights:  # torch then takes the hint for the mask
         mask = q.new_full((q.shape[2], k.shape[2]), -math.inf).triu(1)
+    else:
+        mask = _attention_mask(q, attn_mask, key_padding_mask, batch, num_heads, extra)
     with mode.within():
         scores = torch.matmul(q * width**-0.5, k.transpose(-2, -1))
     if mask is not None:

@@ -23,12 +23,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pullback import _native
+from pullback._native import compiling as compiling
 
 Operation = Callable[..., Any]
 Rule = Callable[..., Any]
-
-# torch 2.0 has no torch.compiler
-compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 
 ACTIVATIONS = (
     "relu relu6 hardtanh threshold leaky_relu prelu rrelu elu selu celu gelu silu mish softplus softsign softshrink "
@@ -45,7 +43,7 @@ _NAMES = (
         "local_response_norm normalize softmax log_softmax matmul mm bmm baddbmm addmm einsum add sub rsub mul div pow "
         "neg exp log sqrt rsqrt abs square mean sum cat concat stack amax amin max min maximum minimum where "
         "embedding embedding_bag scaled_dot_product_attention multi_head_attention_forward interpolate pad dropout "
-        "cumsum prod var std"
+        "cumsum prod var std lstm gru rnn_tanh rnn_relu"
     ).split()
 )
 
@@ -128,6 +126,7 @@ class Table:
     by_layer: list[tuple[str, Operation | None, Rule]] = field(default_factory=list)
     tell: frozenset[Operation] = frozenset()
     name: str = "the rules"
+    watch: Callable[..., None] | None = None  # sees every operation: watch(memo, function, args, kwargs, result)
 
     @staticmethod
     def of(mapping: Mapping[Any, Rule], tell: Iterable[Operation] = (), name: str = "the rules") -> Table:
@@ -168,6 +167,7 @@ class swapped(TorchFunctionMode):
         self.table = table
         self.layers: list[str] = []  # the stack of layers being run, filled by the shell's hooks
         self.told: dict[str, dict[str, None]] = {}
+        self.memo: dict[str, Any] = {}  # what the rules keep for the length of this run
         self.measures = False  # keep account of what operations put out
         self.largest = self.total = 0
 
@@ -182,6 +182,13 @@ class swapped(TorchFunctionMode):
         self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.table is None or self.table.watch is None:
+            return self._run(func, args, kwargs)
+        result = self._run(func, args, kwargs)
+        self.table.watch(self.memo, func, args, kwargs, result)
+        return result
+
+    def _run(self, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.table is not None:
             spelling = SPELLINGS.get(func)
             if spelling is not None:
@@ -207,6 +214,8 @@ class swapped(TorchFunctionMode):
         if spelling.flag is not None:
             args = args[: spelling.flag] + args[spelling.flag + 1 :]
         pure = {k: v for k, v in kwargs.items() if k not in ("inplace", "_stacklevel")}
+        if getattr(rule, "wants_memo", False):
+            pure["memo"] = self.memo
         result = rule(operation, *args, **pure)
         if result is NotImplemented:  # the rule does not cover this use of the operation
             if operation in table.tell:

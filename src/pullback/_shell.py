@@ -266,13 +266,21 @@ class Shell:
             slots = self._slots.get(id(owned[leaf]), ())
             if len(slots) > 1:
                 ties.append((list(slots), tensor))
-            owned[leaf] = tensor
+            owned[leaf] = tensor.clone() if tensor.is_inference() else tensor
             placed.add((id(owned), leaf))
         for slots, tensor in ties:
             for owned, leaf in slots:
                 if (id(owned), leaf) not in placed:
                     owned[leaf] = tensor
         for copy in self._copies.values():
+            if is_scripted(copy):
+                continue
+            for owned in (copy._parameters, copy._buffers):  # what is left out is constant
+                for name, tensor in owned.items():
+                    if tensor is None or (id(owned), name) in placed:
+                        continue
+                    if tensor.requires_grad or tensor.is_inference():
+                        owned[name] = tensor.clone() if tensor.is_inference() else tensor.detach()  # pyright: ignore
             names = copy.__dict__.get("_flat_weights_names")
             if names is not None:
                 self._flatten(copy, names)
