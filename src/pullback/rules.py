@@ -88,12 +88,16 @@ def table_of(rules: Rules) -> Table | None:
                     "`rules` must map an operation, or a pair (layer name pattern, operation), to a rule, got "
                     f"{key!r}: {rule!r}."
                 )
-        return Table.of(rules, name="The rules")
+        return Table.of({key: _as_rule(rule) for key, rule in rules.items()}, name="The rules")
     if isinstance(rules, type) and issubclass(rules, torch.autograd.Function):
         return rectifier_rules(from_function(rules), f"The rules by {rules.__name__}")
     if callable(rules):
         return rectifier_rules(_for_rectifiers(rules), "The rules")
     raise TypeError(f"`rules` must be a name, a table, an autograd.Function or a function, got {type(rules).__name__}.")
+
+
+def _as_rule(rule: Rule | type[torch.autograd.Function]) -> Rule:
+    return from_function(rule) if isinstance(rule, type) and issubclass(rule, torch.autograd.Function) else rule
 
 
 def _for_rectifiers(rule: Rule) -> Rule:
