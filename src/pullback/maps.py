@@ -112,16 +112,20 @@ def smooth(map: Tensor, sigma: float, padding: str = "replicate") -> Tensor:
         raise ValueError(f"`smooth` must be a standard deviation of at least 0, got {sigma}.")
     if sigma == 0:
         return map
-    half = math.ceil(4 * sigma)
-    steps = torch.arange(-half, half + 1, device=map.device, dtype=map.dtype)
-    kernel = torch.exp(-(steps**2) / (2 * sigma**2))
+    return blurred(map, torch.tensor(sigma, dtype=map.dtype, device=map.device), math.ceil(4 * sigma), padding)
+
+
+def blurred(map: Tensor, sigma: Tensor, reach: int, padding: str = "replicate") -> Tensor:
+    """Smooth as `smooth` does, by a `sigma` ``[]`` that may be differentiated, with weights up to `reach` pixels."""
+    steps = torch.arange(-reach, reach + 1, device=map.device, dtype=map.dtype)
+    kernel = torch.exp(-(steps**2) / (2 * sigma.clamp(min=1e-3) ** 2))
     kernel = kernel / kernel.sum()
     for axis in range(2, map.ndim):
         rows = map.movedim(axis, -1)
         shape = rows.shape
         lines = rearrange(rows, "... n -> (...) 1 n")
         mode = "constant" if padding == "zeros" else padding
-        lines = F.conv1d(F.pad(lines, (half, half), mode=mode), kernel.reshape(1, 1, -1))
+        lines = F.conv1d(F.pad(lines, (reach, reach), mode=mode), kernel.reshape(1, 1, -1))
         map = lines.reshape(shape).movedim(-1, axis)
     return map
 
