@@ -272,6 +272,7 @@ class Shell:
             for owned, leaf in slots:
                 if (id(owned), leaf) not in placed:
                     owned[leaf] = tensor
+                    placed.add((id(owned), leaf))
         for copy in self._copies.values():
             if is_scripted(copy):
                 continue
