@@ -168,7 +168,6 @@ class swapped(TorchFunctionMode):
         self.layers: list[str] = []  # the stack of layers being run, filled by the shell's hooks
         self.told: dict[str, dict[str, None]] = {}
         self.memo: dict[str, Any] = {}  # what the rules keep for the length of this run
-        self.memo: dict[str, Any] = {}  # what the rules keep for the length of this run
         self.measures = False  # keep account of what operations put out
         self.largest = self.total = 0
 
@@ -215,8 +214,6 @@ class swapped(TorchFunctionMode):
         if spelling.flag is not None:
             args = args[: spelling.flag] + args[spelling.flag + 1 :]
         pure = {k: v for k, v in kwargs.items() if k not in ("inplace", "_stacklevel")}
-        if getattr(rule, "wants_memo", False):
-            pure["memo"] = self.memo
         if getattr(rule, "wants_memo", False):
             pure["memo"] = self.memo
         result = rule(operation, *args, **pure)
