@@ -216,12 +216,14 @@ class swapped(TorchFunctionMode):
         pure = {k: v for k, v in kwargs.items() if k not in ("inplace", "_stacklevel")}
         if getattr(rule, "wants_memo", False):
             pure["memo"] = self.memo
+        first = args[0] if args else kwargs.get("input")
+        if in_place and not getattr(rule, "forgets_input", False):  # what the rule saves must outlive the write
+            args, pure = ((first.clone(), *args[1:]), pure) if args else (args, {**pure, "input": first.clone()})
         result = rule(operation, *args, **pure)
         if result is NotImplemented:  # the rule does not cover this use of the operation
             if operation in table.tell:
                 self.tell(name_of(operation))
             return NotImplemented
         if in_place:
-            first = args[0] if args else kwargs["input"]
             return first.copy_(result)
         return result

@@ -102,6 +102,7 @@ def variant(name: str) -> Rule:
         rectifier = _TracedRectifier if compiling() else _Rectifier
         return rectifier.apply(input, high, name)[0]  # pyright: ignore[reportOptionalSubscript]
 
+    rule.forgets_input = True  # pyright: ignore[reportFunctionMemberAccess]  # it saves a mask: see `pullback._ops`
     return rule
 
 
