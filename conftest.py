@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import pullback
+
 torch.set_num_threads(1)
 
 
@@ -34,3 +36,10 @@ _let_torchvision_import()
 def _seeded() -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 (other packages draw from it)
+
+
+@pytest.fixture(autouse=True)
+def _names_for_doctests(doctest_namespace: dict[str, object]) -> None:
+    """Examples in docstrings may use `torch` and the public names without importing them."""
+    doctest_namespace["torch"] = torch
+    doctest_namespace.update((name, getattr(pullback, name)) for name in pullback.__all__)
