@@ -6,6 +6,7 @@
   holds the attention matrix, ``[batch head query key]``.
 - `multi_head_attention_forward`: one Python function that would hide its parts (linear, softmax) from the rules.
 - `dropout` with ``training=True`` hard-coded: an explanation of a random function is not a function. Left out and told.
+- `weight_norm`: the fused kernel has neither a batching rule nor forward mode; `clamp_` has no batching rule.
 - `embedding` with ``max_norm``: torch rescales the weight in place.
 - recurrent layers on CUDA: cuDNN refuses a backward in eval mode and has no second derivative.
 
@@ -270,13 +271,33 @@ def _embedding(
 
 
 def _recurrent(mode: Any, func: Form, *args: Any, **kwargs: Any) -> Any:
+    packed = len(args) > 3 and isinstance(args[3], list | tuple)  # (data, batch_sizes, hx, params, ...)
     if not args[0].is_cuda:
+        if is_functorch_wrapped_tensor(args[0]):  # the state is written in place: batch it wherever the input is
+            zero = torch.zeros_like(args[0]).flatten()[0]
+            place = 2 if packed else 1
+            state = args[place] + zero if isinstance(args[place], Tensor) else [s + zero for s in args[place]]
+            args = (*args[:place], state, *args[place + 1 :])
         return func(*args, **kwargs)
     from torch._decomp import decomposition_table  # imported late: it is slow to import, and only CUDA needs it
 
-    packed = isinstance(args[2], Tensor) if len(args) > 2 else False
     overload = "data" if packed else "input"
     return decomposition_table[getattr(getattr(torch.ops.aten, func.__name__), overload)](*args, **kwargs)
+
+
+def _weight_norm(mode: Any, func: Form, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Apply ``v * g / |v|``, the norm taken over all axes but `dim`, or over all of them for -1."""
+    axes = [axis for axis in range(v.ndim) if axis != dim]
+    return v * (g / torch.linalg.vector_norm(v, 2, axes, keepdim=dim != -1))
+
+
+def _written(pure: Form) -> Form:
+    """Do out of place what torch has no batching rule for in place, and write it back."""
+
+    def form(mode: Any, func: Form, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return input.copy_(pure(input.clone(), *args, **kwargs))  # what it saves must not be overwritten
+
+    return form
 
 
 def _forms() -> dict[Form, Form]:
@@ -288,7 +309,11 @@ def _forms() -> dict[Form, Form]:
         F.scaled_dot_product_attention: _attention,
         F.multi_head_attention_forward: _multi_head_attention,
         F.embedding: _embedding,
+        torch._weight_norm: _weight_norm,
     }
+    for name in ("clamp", "clip"):
+        for home in (torch, Tensor):
+            forms[getattr(home, name + "_")] = _written(getattr(torch, name))
     for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"):
         forms[getattr(F, name)] = _dropout
     for name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"):
