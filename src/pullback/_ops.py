@@ -62,6 +62,11 @@ _ALIASES = {
     "__pow__": "pow",
     "__rsub__": "rsub",
 }
+# the function of the same name in torch takes other arguments, or in another order
+_ONLY_FUNCTIONAL = frozenset(
+    "batch_norm instance_norm embedding embedding_bag max_pool1d max_pool2d max_pool3d adaptive_max_pool1d "
+    "adaptive_max_pool2d adaptive_max_pool3d dropout".split()
+)
 _NOT_IN_PLACE = {"max", "min", "mean", "sum", "linear", "prod", "var", "std", "stack", "cat"}
 
 
@@ -92,8 +97,11 @@ def _spellings() -> dict[Operation, Spelling]:
     homes = (torch, torch.Tensor, F, torch._C._nn)  # pyright: ignore[reportAttributeAccessIssue]
     for spelled in [*dict.fromkeys(_NAMES), *_ALIASES]:
         name = _ALIASES.get(spelled, spelled)
-        canonical = next(getattr(home, name) for home in (torch, F, torch.Tensor) if hasattr(home, name))
-        for home in homes:
+        functional = name in _ONLY_FUNCTIONAL
+        canonical = next(
+            getattr(home, name) for home in ((F,) if functional else (torch, F, torch.Tensor)) if hasattr(home, name)
+        )
+        for home in (F,) if functional else homes:
             for attribute, writes in ((spelled, False), (spelled + "_", True)):
                 function = getattr(home, attribute, None)
                 if callable(function) and not (writes and spelled in _NOT_IN_PLACE):

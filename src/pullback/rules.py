@@ -13,14 +13,34 @@ operation returns, or `NotImplemented` for a use that it does not cover.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pullback import relu
-from pullback._ops import Operation, Rule, Table, activations
+from pullback._ops import ACTIVATIONS, Operation, Rule, Table, activations, operation_of
+from pullback._relevance import (
+    CONVOLUTIONS,
+    LINEAR,
+    PRODUCTS,
+    SUMMED_PRODUCTS,
+    TRANSPOSED,
+    LinearMap,
+    LinearRule,
+    Remembering,
+    Share,
+    arguments,
+    mark_constant,
+    nonzero,
+    product,
+    scaled,
+    stabilised,
+    still,
+)
 
 Rules: TypeAlias = "str | Table | Mapping[Any, Rule] | type[torch.autograd.Function] | Rule | None"
 
@@ -28,11 +48,6 @@ Rules: TypeAlias = "str | Table | Mapping[Any, Rule] | type[torch.autograd.Funct
 def rectifier_rules(rule: Rule, name: str) -> Table:
     """Give the table that runs all rectifiers by one rule, and tells of other activations."""
     return Table.of(dict.fromkeys(relu.RECTIFIERS, rule), tell=activations(), name=name)
-
-
-NAMED: dict[str, Callable[[], Table]] = {
-    name: lambda name=name: rectifier_rules(relu.variant(name), f'The rules "{name}"') for name in relu.VARIANTS
-}
 
 
 def from_function(function: type[torch.autograd.Function]) -> Rule:
@@ -70,6 +85,476 @@ def from_function(function: type[torch.autograd.Function]) -> Rule:
         return function.apply(input) if high == float("inf") else NotImplemented
 
     return rule
+
+
+# -- relevance: elementwise
+
+
+def propagated(slope: Callable[..., Tensor]) -> Rule:
+    """Make a rule for a function of one tensor: ``slope(y, x, ...)`` is what a cotangent is multiplied by.
+
+    Example:
+        >>> halved = propagated(lambda y, x: torch.full_like(x, 0.5))
+        >>> from pullback import gradient, params_of
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> params, x = params_of(model), torch.ones(1, 3)
+        >>> a = gradient(params, model, x, 0, layer="0", rules={torch.tanh: halved})
+        >>> torch.allclose(a, model[2].weight[:1] / 2)
+        True
+    """
+
+    def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = still(input)
+        y = operation(x, *args, **kwargs)
+        return y + slope(y, x) * (input - x)
+
+    return rule
+
+
+def passing() -> Rule:
+    """Give the rule that hands relevance on unchanged, from each element of the output to that of the input."""
+    return propagated(lambda y, x: nonzero(y) / nonzero(x))
+
+
+def detached_statistics() -> Rule:
+    """Give the rule for layer, group and RMS norm that takes the scale it divides by for a constant.
+
+    The mean that is taken away is linear; the bias keeps its share of relevance.
+
+    Reference:
+        Ali et al., XAI for Transformers: Better Explanations through Conservative Propagation, 2022, sec. 4.
+    """
+
+    def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = still(input)
+        y, step = operation(x, *args, **kwargs), input - x
+        name = operation.__name__
+        if name == "group_norm":
+            groups = args[0] if args else kwargs["num_groups"]
+            weight, _, eps = arguments(args[1:], kwargs, ("weight", None), ("bias", None), ("eps", 1e-5))
+            grouped, moved = (v.reshape(v.shape[0], groups, -1) for v in (x, step))
+            moved = (moved - moved.mean(2, keepdim=True)) * _inverse_spread(grouped, (2,), eps)
+            moved = moved.reshape_as(step)
+            weight = None if weight is None else weight.reshape(1, -1, *[1] * (x.ndim - 2))
+        elif name == "instance_norm":
+            _, _, weight, _, batch, _, eps = arguments(
+                args, kwargs, ("running_mean", None), ("running_var", None), ("weight", None), ("bias", None),
+                ("use_input_stats", True), ("momentum", 0.1), ("eps", 1e-5),
+            )  # fmt: skip
+            if not batch:
+                return NotImplemented
+            axes = tuple(range(2, x.ndim))
+            moved = (step - step.mean(axes, keepdim=True)) * _inverse_spread(x, axes, eps)
+            weight = None if weight is None else weight.reshape(1, -1, *[1] * (x.ndim - 2))
+        else:
+            shape = args[0] if args else kwargs["normalized_shape"]
+            axes = tuple(range(-len(shape), 0))
+            if name == "rms_norm":
+                weight, eps = arguments(args[1:], kwargs, ("weight", None), ("eps", None))
+                eps = torch.finfo(x.dtype).eps if eps is None else eps
+                moved = step * (x.square().mean(axes, keepdim=True) + eps).rsqrt()
+            else:
+                weight, _, eps = arguments(args[1:], kwargs, ("weight", None), ("bias", None), ("eps", 1e-5))
+                moved = (step - step.mean(axes, keepdim=True)) * _inverse_spread(x, axes, eps)
+        return y + (moved if weight is None else moved * weight)
+
+    return rule
+
+
+def _inverse_spread(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    return (x.var(axes, unbiased=False, keepdim=True) + eps).rsqrt()
+
+
+# -- relevance: products
+
+
+def constant() -> Rule:
+    """Give the rule that takes the result of an operation for a constant: no relevance passes.
+
+    For attention weights it is the rule of Ali et al. (2022); for `rsqrt` in a hand-written norm it makes the scale a
+    constant.
+    """
+
+    def rule(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Tensor:
+        return mark_constant(still(operation(*args, **kwargs)), memo)
+
+    return Remembering(rule)
+
+
+def quotient() -> Rule:
+    """Give the rule that takes a divisor for a constant."""
+
+    def rule(operation: Operation, input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
+        return operation(input, still(other) if isinstance(other, Tensor) else other, *args, **kwargs)
+
+    return rule
+
+
+# -- relevance: linear maps with parameters
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp(min=0)
+
+
+def _negative(x: Tensor) -> Tensor:
+    return x.clamp(max=0)
+
+
+def _some(function: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else function(bias)
+
+
+def excitation(plain: bool = False) -> Rule:
+    r"""Give the rule of excitation backprop, :math:`R_i = x_i \sum_j \frac{w_{ji}^+}{\sum_k w_{jk}^+ x_k} R_j`.
+
+    Inputs are taken to be at least 0, as rectified activations are.
+
+    Reference:
+        Zhang, Lin, Brandt, Shen & Sclaroff, Top-down Neural Attention by Excitation Backprop, 2016, eq. 5.
+    """
+    return LinearRule(
+        "excitation", lambda x, w, b, y: [Share(1.0, [(None, _positive(w))], None)], 1e-20, False, False, plain
+    )
+
+
+def epsilon(epsilon: float = 1e-6, bias: bool = True) -> Rule:
+    r"""Give the rule :math:`R_i = x_i \sum_j \frac{w_{ji}}{z_j + \epsilon \, \mathrm{sign} z_j} R_j`.
+
+    Reference:
+        Bach et al., On Pixel-Wise Explanations for Non-Linear Classifier Decisions, 2015, eq. 58.
+    """
+    return LinearRule("epsilon", None, epsilon, bias)
+
+
+def z_plus(epsilon: float = 1e-6, bias: bool = True) -> Rule:
+    r"""Give the rule of positive contributions, :math:`R_i = \sum_j \frac{(x_i w_{ji})^+}{\sum_k (x_k w_{jk})^+} R_j`.
+
+    Reference:
+        Montavon, Lapuschkin, Binder, Samek & Müller, Explaining NonLinear Classification Decisions, 2017, sec. 4.1.
+    """
+
+    def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
+        parts = [(_positive(x), _positive(w)), (_negative(x), _negative(w))]
+        return [Share(1.0, parts, _some(_positive, b))]
+
+    return LinearRule("z_plus", shares, epsilon, bias)
+
+
+def alpha_beta(alpha: float = 2.0, beta: float = 1.0, epsilon: float = 1e-6, bias: bool = True) -> Rule:
+    r"""Give the rule that weighs positive contributions by alpha and negative ones by beta, alpha - beta = 1.
+
+    .. math:: R_i = \sum_j \Big( \alpha \frac{(x_i w_{ji})^+}{z_j^+} - \beta \frac{(x_i w_{ji})^-}{z_j^-} \Big) R_j
+
+    Raises:
+        ValueError: If alpha - beta is not 1, or one of them is negative.
+
+    Reference:
+        Bach et al., On Pixel-Wise Explanations for Non-Linear Classifier Decisions, 2015, eq. 60.
+    """
+    if alpha < 0 or beta < 0 or abs(alpha - beta - 1) > 1e-9:
+        raise ValueError(f"`alpha` and `beta` must not be negative, and `alpha - beta` be 1, got {alpha} and {beta}.")
+
+    def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
+        up, down = (_positive(x), _negative(x)), (_positive(w), _negative(w))
+        shares = [Share(alpha, [(up[0], down[0]), (up[1], down[1])], _some(_positive, b))]
+        if beta:
+            shares.append(Share(-beta, [(up[0], down[1]), (up[1], down[0])], _some(_negative, b)))
+        return shares
+
+    return LinearRule("alpha_beta", shares, epsilon, bias)
+
+
+def gamma(gamma: float = 0.25, epsilon: float = 1e-6, bias: bool = True) -> Rule:
+    r"""Give the rule that favours positive contributions, :math:`R_i = \sum_j \frac{x_i (w_{ji} + \gamma w_{ji}^+)}{z_j} R_j`.
+
+    For inputs or outputs that are negative, in its general form: what agrees in sign with the output is favoured.
+
+    Reference:
+        Montavon, Binder, Lapuschkin, Samek & Müller, Layer-Wise Relevance Propagation: An Overview, 2019, sec. 10.2.
+        Andéol, Kawakami, Wada, Kanamori, Müller & Montavon, Learning Domain Invariant Representations, 2021, app. A.
+    """
+
+    def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
+        up, down = _positive(x), _negative(x)
+        more, less = w + gamma * _positive(w), w + gamma * _negative(w)
+        above, below = (y > 0).to(y.dtype), (y < 0).to(y.dtype)
+        return [
+            Share(above, [(up, more), (down, less)], _some(lambda b: b + gamma * _positive(b), b)),
+            Share(below, [(up, less), (down, more)], _some(lambda b: b + gamma * _negative(b), b)),
+        ]
+
+    return LinearRule("gamma", shares, epsilon, bias)
+
+
+def z_box(low: Any, high: Any, epsilon: float = 1e-6) -> Rule:
+    r"""Give the rule for a first layer whose input lies in a box, :math:`l \le x \le h`.
+
+    .. math:: R_i = \sum_j \frac{x_i w_{ji} - l_i w_{ji}^+ - h_i w_{ji}^-}{\sum_k x_k w_{jk} - l_k w_{jk}^+ - h_k w_{jk}^-} R_j
+
+    `low` and `high` are numbers or tensors that broadcast to the input.
+
+    Reference:
+        Montavon, Lapuschkin, Binder, Samek & Müller, Explaining NonLinear Classification Decisions, 2017, sec. 4.2.
+    """
+
+    def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
+        lowest, highest = (torch.as_tensor(v, dtype=x.dtype, device=x.device).expand_as(x) for v in (low, high))
+        return [Share(1.0, [(None, w), (-lowest, _positive(w)), (-highest, _negative(w))], None)]
+
+    return LinearRule("z_box", shares, epsilon)
+
+
+def w_square(epsilon: float = 1e-6, bias: bool = True) -> Rule:
+    r"""Give the rule for a first layer that looks at weights alone, :math:`R_i = \sum_j \frac{w_{ji}^2}{\sum_k w_{jk}^2} R_j`.
+
+    Reference:
+        Montavon, Lapuschkin, Binder, Samek & Müller, Explaining NonLinear Classification Decisions, 2017, sec. 4.3.
+    """
+
+    def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
+        return [Share(1.0, [(torch.ones_like(x), w.square())], _some(torch.square, b))]
+
+    return LinearRule("w_square", shares, epsilon, bias)
+
+
+def flat(epsilon: float = 1e-6) -> Rule:
+    """Give the rule for a first layer that shares relevance equally among all inputs of a unit.
+
+    Reference:
+        Lapuschkin et al., Unmasking Clever Hans Predictors, 2019, supplementary note 3.
+    """
+
+    def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
+        return [Share(1.0, [(torch.ones_like(x), torch.ones_like(w))], None)]
+
+    return LinearRule("flat", shares, epsilon, False)
+
+
+def norm(epsilon: float = 1e-6, plain: bool = False) -> Rule:
+    r"""Give the rule that shares relevance in proportion, :math:`R_i = \frac{x_i a_{ji}}{\sum_k x_k a_{jk}} R_j`, for pooling.
+
+    In the coordinates of this module the ordinary derivative does the same, but for `epsilon`.
+    """
+
+    def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not plain:
+            y = operation(input, *args, **kwargs)
+            return scaled(y, nonzero(still(y)) / stabilised(still(y), epsilon))
+        x = still(input)
+        y = operation(x, *args, **kwargs)
+        return y + operation(x * (input - x), *args, **kwargs) / (y + epsilon)
+
+    return rule
+
+
+def first(rule: LinearRule, others: LinearRule) -> Rule:
+    """Use one rule at the first linear map with parameters that a run meets, and another at all others."""
+
+    def chosen(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+        return (others if memo.get("maps") else rule)(operation, *args, memo=memo, **kwargs)
+
+    return Remembering(chosen)
+
+
+# -- relevance: batch norm
+
+
+def _affine(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor] | None:
+    """Give scale and shift of batch norm in eval mode, by channel."""
+    if training or running_mean is None or running_var is None:
+        return None
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def _by_channel(v: Tensor, x: Tensor) -> Tensor:
+    return v.reshape(-1, *[1] * (x.ndim - 2)).to(x.dtype)
+
+
+def merged() -> Rule:
+    """Give the rule for batch norm in eval mode that makes it one with the linear map before it, by that map's rule.
+
+    Where no linear map comes before it, batch norm is a linear map by itself, one weight and one bias a channel, whose
+    derivative is taken: its bias takes its share.
+    """
+
+    def rule(operation: Operation, input: Tensor, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+        affine = _affine(input, *args, **kwargs)
+        if affine is None:
+            return NotImplemented
+        scale, shift = affine
+        found = memo.get("origins", {}).get(id(input))
+        if found is None or not _runs_along(found[2], input):
+            return input * _by_channel(scale, input) + _by_channel(shift, input)
+        _, rule, map, value = found
+        value = value * _by_channel(scale, input) + _by_channel(shift, input)
+        bias = shift if map.bias is None else shift + scale * map.bias
+        weight = _scaled_weight(map, scale)
+        whole = map._replace(weight=weight, bias=bias)
+        result = rule.finished(whole, value)
+        memo["origins"][id(result)] = (result, rule, whole, value)
+        return result
+
+    return Remembering(rule)
+
+
+def _runs_along(map: LinearMap, y: Tensor) -> bool:
+    return map.settings is not None and (map.axis is not None) and map.axis % y.ndim == 1
+
+
+def _scaled_weight(map: LinearMap, scale: Tensor) -> Tensor:
+    scale = scale.to(map.weight.dtype)
+    if map.operation in TRANSPOSED:  # [in, out of a group, ...], groups along `in`
+        assert map.settings is not None
+        groups = map.settings[-1]
+        grouped = map.weight.reshape(groups, -1, *map.weight.shape[1:])
+        return (grouped * scale.reshape(groups, 1, -1, *[1] * (map.weight.ndim - 2))).reshape_as(map.weight)
+    return map.weight * scale.reshape(-1, *[1] * (map.weight.ndim - 1))
+
+
+# -- relevance: tables
+
+_ELEMENTWISE = tuple(
+    operation_of(getattr(torch if hasattr(torch, name) else F, name))
+    for name in [*ACTIVATIONS, *"clamp clamp_min clamp_max abs exp log sqrt square pow normalize".split()]
+    if name != "glu"
+)
+_NORMS = tuple(
+    operation_of(getattr(F, n)) for n in "layer_norm group_norm instance_norm rms_norm".split() if hasattr(F, n)
+)
+_POOLING = tuple(operation_of(getattr(F, f"{kind}avg_pool{n}d")) for kind in ("", "adaptive_") for n in (1, 2, 3))
+_UNSEEN = tuple(getattr(torch, n) for n in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
+_CURVED = frozenset(
+    operation_of(op)
+    for op in (*_ELEMENTWISE, *_NORMS, *_POOLING, *_UNSEEN, *PRODUCTS, *LINEAR, F.glu, F.batch_norm, torch.softmax,
+               torch.log_softmax, torch.var, torch.std, torch.prod, torch.rsqrt, torch.bilinear if hasattr(torch, "bilinear") else F.bilinear,
+               F.local_response_norm, F.lp_pool1d, F.lp_pool2d, torch.div, torch.mul)
+) - {operation_of(op) for op in (torch.relu, torch.abs, torch.div, torch.mul, *_POOLING)}  # fmt: skip
+
+
+def derivative() -> Rule:
+    """Give the rule that leaves an operation its derivative: for what is piecewise linear, or meant to be expanded."""
+    return lambda operation, *args, **kwargs: operation(*args, **kwargs)
+
+
+def gated() -> Rule:
+    """Give the rule for `glu`: value and gate take half each."""
+
+    def rule(operation: Operation, input: Tensor, dim: int = -1) -> Tensor:
+        value, gate = input.chunk(2, dim)
+        return scaled(value * passing()(torch.sigmoid, gate), 0.5)
+
+    return rule
+
+
+def composed(linear: Rule, convolution: Rule | None = None, *, zeros: bool = False) -> dict[Any, Rule]:
+    """Give the table of a composite: a rule for linear layers, one for convolutions, and what belongs around them.
+
+    Batch norm is merged, the scale of other norms is a constant, activations pass relevance on, products share it
+    equally, attention weights are expanded (AttnLRP). It is a plain dict: change or add what you like. `zeros` says
+    that `linear` or `convolution` puts relevance on activations that are 0, which rectifiers then must pass on.
+    """
+    table: dict[Any, Rule] = dict.fromkeys(_ELEMENTWISE, passing())
+    table |= dict.fromkeys(_NORMS, detached_statistics())
+    table |= dict.fromkeys((*PRODUCTS, *SUMMED_PRODUCTS, F.linear), linear)
+    table |= dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), convolution or linear)
+    table |= dict.fromkeys((torch.rsqrt, torch.var, torch.std), constant())
+    table |= {F.batch_norm: merged(), F.glu: gated(), torch.mul: product(), torch.div: quotient()}
+    table |= {torch.softmax: derivative()}
+    if not zeros:
+        for rectifier in (torch.relu, torch.abs):
+            del table[operation_of(rectifier)]
+    return table
+
+
+def excitation_table() -> dict[Any, Rule]:
+    """Give the table of excitation backprop: batch norm and activations pass relevance on."""
+    table: dict[Any, Rule] = dict.fromkeys((*_ELEMENTWISE, *_NORMS, F.batch_norm), passing())
+    return table | dict.fromkeys((*LINEAR, *SUMMED_PRODUCTS, *PRODUCTS), excitation()) | {torch.mul: product()}
+
+
+def excitation_torchray() -> dict[Any, Rule]:
+    """Give TorchRay's table, by which the cotangent itself is relevance.
+
+    ReLU, maximum pooling and `+` keep their derivatives: at a skip relevance is doubled.
+    """
+    table: dict[Any, Rule] = dict.fromkeys((F.linear, *CONVOLUTIONS), excitation(plain=True))
+    table |= dict.fromkeys(_POOLING, norm(1e-20, plain=True))
+    return table | {F.batch_norm: propagated(lambda y, x: torch.ones_like(x))}
+
+
+def epsilon_plus(epsilon_: float = 1e-6) -> dict[Any, Rule]:
+    """Give the composite of the epsilon rule for linear layers and z-plus for convolutions."""
+    return composed(epsilon(epsilon_), z_plus())
+
+
+def epsilon_gamma_box(low: Any, high: Any, epsilon_: float = 1e-6, gamma_: float = 0.25) -> dict[Any, Rule]:
+    """Give the composite of epsilon for linear layers, gamma for convolutions, z-box for the first of them."""
+    return composed(epsilon(epsilon_), first(z_box(low, high), gamma(gamma_)))
+
+
+def epsilon_alpha2_beta1(epsilon_: float = 1e-6) -> dict[Any, Rule]:
+    """Give the composite of epsilon for linear layers and alpha-beta (2, 1) for convolutions."""
+    return composed(epsilon(epsilon_), alpha_beta(2.0, 1.0))
+
+
+def epsilon_plus_flat(epsilon_: float = 1e-6) -> dict[Any, Rule]:
+    """Give the composite `epsilon_plus` with the flat rule at the first linear map."""
+    return composed(first(flat(), epsilon(epsilon_)), first(flat(), z_plus()))
+
+
+def epsilon_alpha2_beta1_flat(epsilon_: float = 1e-6) -> dict[Any, Rule]:
+    """Give the composite `epsilon_alpha2_beta1` with the flat rule at the first linear map."""
+    return composed(first(flat(), epsilon(epsilon_)), first(flat(), alpha_beta(2.0, 1.0)))
+
+
+def attn_lrp(epsilon_: float = 1e-6) -> dict[Any, Rule]:
+    """Give the composite of Achtibat et al. (2024): epsilon, and the rules for attention that every composite has."""
+    return composed(epsilon(epsilon_))
+
+
+def cp_lrp(epsilon_: float = 1e-6, bias: bool = True) -> dict[Any, Rule]:
+    """Give the composite of Ali et al. (2022): attention weights and scales of norms are constants.
+
+    With ``bias=False`` it conserves relevance where norms have no bias.
+    """
+    return composed(epsilon(epsilon_, bias)) | {torch.softmax: constant()}
+
+
+NAMED: dict[str, Callable[[], Table]] = {
+    name: lambda name=name: rectifier_rules(relu.variant(name), f'The rules "{name}"') for name in relu.VARIANTS
+}
+for _name, _composite in {
+    "excitation": excitation_table,
+    "excitation_torchray": excitation_torchray,
+    "epsilon": attn_lrp,
+    "epsilon_plus": epsilon_plus,
+    "epsilon_alpha2_beta1": epsilon_alpha2_beta1,
+    "epsilon_plus_flat": epsilon_plus_flat,
+    "epsilon_alpha2_beta1_flat": epsilon_alpha2_beta1_flat,
+    "attn_lrp": attn_lrp,
+    "cp_lrp": cp_lrp,
+}.items():
+    NAMED[_name] = lambda name=_name, make=_composite: _table(make(), f'The rules "{name}"')
+
+
+def _table(mapping: Mapping[Any, Rule], name: str) -> Table:
+    """Make a table of a mapping; one that shares out relevance watches what is constant, and tells what bends."""
+    table = Table.of(mapping, name=name)
+    watches = [rule.watch for rule in mapping.values() if hasattr(rule, "watch")]
+    return replace(table, watch=watches[0], tell=_CURVED) if watches else table
 
 
 def table_of(rules: Rules) -> Table | None:

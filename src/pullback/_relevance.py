@@ -1,0 +1,346 @@
+r"""Relevance rules: what layer-wise relevance propagation does at an operation.
+
+**Coordinates.** The relevance of a tensor `h` is carried as a cotangent `c` with :math:`R = h \odot c`. Then every
+linear operation without parameters (reshape, concatenation, sum, mean, `+`, pooling, padding, interpolation, indexing,
+multiplication by a constant) needs no rule: its ordinary derivative shares relevance out in proportion,
+:math:`R_i = \frac{h_i w_i}{\sum_j h_j w_j} R`. Skips and reused tensors come out right because cotangents add up.
+Relevance can also be put on an activation that is 0 (the z-box, flat and w-square rules do): zeros count as
+:math:`10^{-12}` in these coordinates.
+
+**A rule adds a zero.** With :math:`\hat h` the input as the pullback that is under way does not see it (a constant to
+it, but differentiable to whoever differentiates the explanation),
+
+.. math:: y = f(\hat h) + M(\hat h) \, (h - \hat h)
+
+has the value of `f` and pulls cotangents back by the transpose of any linear map `M` that one likes. What `M` needs of
+the forward, such as denominators, is computed once, in the forward, for all targets. `propagated` makes such a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pullback._ops import Operation, compiling, operation_of
+
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+TINY = 1e-12
+
+
+def _level() -> int:
+    return _functorch.maybe_current_level() or 0
+
+
+_level._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # known while tracing
+
+
+def still(x: Tensor) -> Tensor:
+    """Give `x` as a constant to the pullback that is under way, and to nobody else."""
+    level = _level()
+    return _functorch._unwrap_for_grad(x, level) if level else x.detach()
+
+
+def nonzero(x: Tensor) -> Tensor:
+    """Count zeros as a tiny number, so that relevance on them has coordinates."""
+    return torch.where(x == 0, torch.full_like(x, max(TINY, torch.finfo(x.dtype).tiny)), x)
+
+
+def stabilised(z: Tensor, epsilon: float) -> Tensor:
+    """Move `z` away from 0 by `epsilon`; 0 itself counts as positive."""
+    return z + epsilon * torch.where(z < 0, -torch.ones_like(z), torch.ones_like(z))
+
+
+def scaled(y: Tensor, factor: Tensor | float) -> Tensor:
+    """Give `y`, whose cotangent is multiplied by a factor on the way back."""
+    value = still(y)
+    return value + factor * (y - value)
+
+
+def arguments(args: Sequence[Any], kwargs: dict[str, Any], *names: tuple[str, Any]) -> list[Any]:
+    given = list(args) + [None] * (len(names) - len(args))
+    return [given[i] if i < len(args) else kwargs.get(name, default) for i, (name, default) in enumerate(names)]
+
+
+# -- what is a constant
+
+
+def watch_constants(memo: dict[str, Any], func: Operation, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
+    """Keep account of the tensors that are computed from parameters alone: they take no part in sharing relevance."""
+    known: dict[int, Tensor] = memo.setdefault("constants", {})
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    for group in args:
+        if isinstance(group, list | tuple):
+            tensors += [t for t in group if isinstance(t, Tensor)]
+    fixed = all(is_constant(t, memo) for t in tensors) and operation_of(func) is not F.embedding
+    name = getattr(func, "__name__", "")
+    written = args[0] if args and (name == "__setitem__" or (name.endswith("_") and name[:2] != "__")) else None
+    if not fixed and isinstance(written, Tensor):
+        known.pop(id(written), None)
+    for value in result if isinstance(result, list | tuple) else (result,):
+        if fixed and isinstance(value, Tensor) and value.is_floating_point():
+            known[id(value)] = value
+
+
+def is_constant(t: Any, memo: dict[str, Any]) -> bool:
+    """Say whether a tensor does not depend on the input, or has no relevance because it is no floating-point number."""
+    if not isinstance(t, Tensor) or isinstance(t, torch.nn.Parameter) or not t.is_floating_point():
+        return True
+    return not compiling() and id(t) in memo.get("constants", ())
+
+
+def mark_constant(t: Tensor, memo: dict[str, Any]) -> Tensor:
+    if not compiling():
+        memo.setdefault("constants", {})[id(t)] = t
+    return t
+
+
+class Remembering:
+    """A rule that reads the memo of the run."""
+
+    wants_memo = True
+    watch = staticmethod(watch_constants)
+
+    def __init__(self, rule: Callable[..., Any]) -> None:
+        self.rule = rule
+
+    def __call__(self, operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+        return self.rule(operation, *args, memo=memo, **kwargs)
+
+
+def product() -> Callable[..., Any]:
+    """Give the rule that shares the relevance of a product equally between the factors that depend on the input.
+
+    Reference:
+        Achtibat et al., AttnLRP: Attention-Aware Layer-Wise Relevance Propagation for Transformers, 2024, eq. 14.
+    """
+
+    def rule(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        for group in args:
+            if isinstance(group, list | tuple):
+                tensors += [t for t in group if isinstance(t, Tensor)]
+        factors = sum(not is_constant(t, memo) for t in tensors)
+        y = operation(*args, **kwargs)
+        return scaled(y, 1 / factors) if factors > 1 else y
+
+    return Remembering(rule)
+
+
+# -- linear maps
+
+
+class LinearMap(NamedTuple):
+    """A linear map with parameters: what goes in, what it is multiplied by, and what is added."""
+
+    operation: Operation
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    apply: Callable[[Tensor, Tensor], Tensor]
+    axis: int | None  # of the output that the bias runs along
+    settings: tuple[Any, ...] | None  # of a convolution; () of a linear layer; None where it is neither
+
+    def biased(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        return y if bias is None else y + self._laid_out(bias, y)
+
+    def _laid_out(self, bias: Tensor, y: Tensor) -> Tensor:
+        if self.axis is None or bias.ndim != 1:
+            return bias
+        return bias.reshape(-1, *[1] * (y.ndim - 1 - self.axis % y.ndim))
+
+
+CONVOLUTIONS = tuple(operation_of(getattr(F, f"conv{n}d")) for n in (1, 2, 3))
+TRANSPOSED = tuple(operation_of(getattr(F, f"conv_transpose{n}d")) for n in (1, 2, 3))
+PRODUCTS = tuple(operation_of(op) for op in (torch.matmul, torch.mm, torch.bmm, torch.einsum))
+SUMMED_PRODUCTS = tuple(operation_of(op) for op in (torch.addmm, torch.baddbmm))
+LINEAR = (operation_of(F.linear), *CONVOLUTIONS, *TRANSPOSED)
+
+
+def linear_map(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], memo: Any) -> LinearMap | None:
+    """Read an operation as a linear map of one input, where it is one."""
+    if operation in LINEAR:
+        (input, weight, bias), rest = (
+            arguments(args[:3], kwargs, *((n, None) for n in ("input", "weight", "bias"))),
+            args[3:],
+        )
+        options = {k: v for k, v in kwargs.items() if k not in ("input", "weight", "bias")}
+        if operation is F.linear:
+            return LinearMap(operation, input, weight, bias, F.linear, -1, ())
+        settings = _convolution(operation, input, weight, rest, options)
+        axis = 1 - weight.ndim
+        return LinearMap(
+            operation, input, weight, bias, lambda x, w: operation(x, w, None, *rest, **options), axis, settings
+        )
+    if operation in SUMMED_PRODUCTS and not kwargs:
+        bias, input, weight = args[:3]
+        if is_constant(bias, memo) and is_constant(weight, memo) and not is_constant(input, memo) and len(args) == 3:
+            return LinearMap(operation, input, weight, bias, torch.matmul, None, None)
+    if operation in PRODUCTS and not kwargs:
+        *equation, a, b = args if operation is not torch.einsum else (args[0], *_operands(args[1:]))
+        if len(equation) > (operation is torch.einsum):
+            return None
+        if is_constant(b, memo) and not is_constant(a, memo):
+            return LinearMap(operation, a, b, None, lambda x, w: operation(*equation, x, w), None, None)
+        if is_constant(a, memo) and not is_constant(b, memo):
+            return LinearMap(operation, b, a, None, lambda x, w: operation(*equation, w, x), None, None)
+    return None
+
+
+def _operands(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(args[0]) if len(args) == 1 and isinstance(args[0], list | tuple) else args
+
+
+def _convolution(
+    operation: Operation, input: Tensor, weight: Tensor, rest: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """Give (stride, padding, dilation, transposed, output padding, groups), or None where they are not so simple."""
+    axes = weight.ndim - 2
+    transposed = operation in TRANSPOSED
+    if transposed:
+        names = ("stride", 1), ("padding", 0), ("output_padding", 0), ("groups", 1), ("dilation", 1)
+        stride, padding, extra, groups, dilation = arguments(rest, options, *names)
+    else:
+        names = ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)
+        (stride, padding, dilation, groups), extra = arguments(rest, options, *names), 0
+    if input.ndim != weight.ndim or padding == "same":
+        return None
+    padding = 0 if padding == "valid" else padding
+
+    def each_axis(v: Any) -> tuple[int, ...]:
+        v = (v,) if isinstance(v, int) else tuple(v)
+        return v * axes if len(v) == 1 else v
+
+    return each_axis(stride), each_axis(padding), each_axis(dilation), transposed, each_axis(extra), groups
+
+
+class _TracedCarry(torch.autograd.Function):
+    """The zero ``scale * L(moved * (x - still), weight)``, whose transpose is computed, but not its value.
+
+    Its derivative with respect to everything but `x - still` is 0, as that is 0.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        x: Tensor, still: Tensor, weight: Tensor, scale: Tensor, moved: Tensor | None, settings: tuple[Any, ...]
+    ) -> Tensor:
+        return scale.new_zeros(()).expand(scale.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, still, weight, scale, moved, ctx.settings = inputs
+        ctx.save_for_backward(still, weight, scale, moved)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        still, weight, scale, moved = ctx.saved_tensors
+        back = _transposed(cotangent * scale, still, weight, ctx.settings)
+        back = back if moved is None else back * moved
+        return back, -back, None, None, None, None
+
+
+class _Carry(_TracedCarry):
+    """The same with forward mode, which torch.compile does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _TracedCarry.setup_context(ctx, inputs, output)
+        ctx.shape, ctx.dtype, ctx.device = output.shape, output.dtype, output.device
+
+
+def _transposed(g: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
+    if not settings:
+        return torch.matmul(g, weight)
+    stride, padding, dilation, transposed, extra, groups = settings
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, dilation, transposed, extra, groups, [True, False, False]
+    )[0]
+
+
+def carried(map: LinearMap, weight: Tensor, scale: Tensor, moved: Tensor | None) -> Tensor:
+    """Give the zero ``scale * map(moved * (input - still(input)), weight)``."""
+    x, x_ = map.input, still(map.input)
+    if map.settings is not None and not torch.is_autocast_enabled():
+        return (_TracedCarry if compiling() else _Carry).apply(x, x_, weight, scale, moved, map.settings)  # pyright: ignore[reportReturnType]
+    step = x - x_ if moved is None else moved * (x - x_)
+    return scale * map.apply(step, weight)
+
+
+class Share(NamedTuple):
+    r"""A part of a rule: relevance :math:`\sum_k p_k \odot W_k^T \big(g R / z\big)` with :math:`z = \sum_k W_k p_k + b`.
+
+    `gain` is g, `parts` the pairs of p (None for the input itself) and W.
+    """
+
+    gain: Tensor | float
+    parts: Sequence[tuple[Tensor | None, Tensor]]
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class LinearRule:
+    """A rule for linear maps with parameters. `shares(x, weight, bias, y)` says how relevance is shared out.
+
+    Without `shares` it is the epsilon rule.
+
+    Attributes:
+        epsilon: What denominators are moved away from 0 by.
+        bias: Whether the bias takes its share. If not, that is shared out as well, and relevance is conserved.
+        signed: Move denominators by the sign of each, or upwards.
+        plain: The cotangent is relevance itself.
+    """
+
+    name: str
+    shares: Callable[[Tensor, Tensor, Tensor | None, Tensor], Sequence[Share]] | None = None
+    epsilon: float = 1e-6
+    bias: bool = True
+    signed: bool = True
+    plain: bool = False
+
+    wants_memo = True
+    watch = staticmethod(watch_constants)
+
+    def __call__(self, operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+        map = linear_map(operation, args, kwargs, memo)
+        if map is None:
+            return product()(operation, *args, memo=memo, **kwargs) if operation in PRODUCTS else NotImplemented
+        memo["maps"] = memo.get("maps", 0) + 1
+        if self.shares is None:
+            value = map.biased(map.apply(map.input, map.weight), map.bias)
+        else:
+            value = map.biased(map.apply(still(map.input), map.weight), map.bias)
+        result = self.finished(map, value)
+        if not compiling():
+            memo.setdefault("origins", {})[id(result)] = (result, self, map, value)
+        return result
+
+    def finished(self, map: LinearMap, value: Tensor) -> Tensor:
+        """Give `value` with the way back of this rule; for the epsilon rule it has that of the map already."""
+        y = still(value)
+        ahead = torch.ones_like(y) if self.plain else nonzero(y)
+        if self.shares is None:
+            z = y if self.bias or map.bias is None else map.biased(y, -map.bias)
+            return y + ahead / self._denominator(z) * (value - y)
+        x = still(map.input)
+        bias = map.bias if self.bias else None
+        for gain, parts, bias_ in self.shares(x, map.weight, bias, y):
+            z = sum(map.apply(x if p is None else p, w) for p, w in parts)
+            scale = gain * ahead / self._denominator(map.biased(z, bias_))  # pyright: ignore[reportArgumentType]
+            for p, w in parts:
+                p = x if p is None else p
+                moved = p if self.plain else None if p is x else p / nonzero(x)
+                value = value + carried(map, w, scale, moved)
+        return value
+
+    def _denominator(self, z: Tensor) -> Tensor:
+        return stabilised(z, self.epsilon) if self.signed else z + self.epsilon
