@@ -92,16 +92,19 @@ def resize(map: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
     return F.interpolate(map, size, mode=mode)
 
 
-def smooth(map: Tensor, sigma: float, padding: str = "replicate") -> Tensor:
+def smooth(map: Tensor, sigma: float, padding: str = "replicate", *, value: float = 0.0, stride: int = 1) -> Tensor:
     r"""Smooth each spatial axis by a Gaussian, :math:`w_i \propto e^{-i^2 / 2 \sigma^2}`, cut at :math:`4 \sigma`.
 
     Args:
         map: ``[batch channel ...]`` with 1 to 3 spatial axes.
         sigma: Standard deviation in pixels; 0 changes nothing.
-        padding: What lies beyond the border: ``"replicate"``, ``"reflect"``, ``"circular"`` or ``"zeros"``.
+        padding: What lies beyond the border: ``"replicate"``, ``"reflect"``, ``"circular"``, ``"zeros"`` or
+            ``"constant"``: `value`.
+        value: Beyond the border, for ``"constant"``.
+        stride: Keep every so many pixels along each axis.
 
     Raises:
-        ValueError: If `sigma` is negative or not finite.
+        ValueError: If `sigma` is negative or not finite, `stride` less than 1, or `padding` unknown.
 
     Example:
         >>> m = torch.ones(1, 1, 6, 6)
@@ -110,12 +113,21 @@ def smooth(map: Tensor, sigma: float, padding: str = "replicate") -> Tensor:
     """
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"`smooth` must be a standard deviation of at least 0, got {sigma}.")
+    if stride < 1:
+        raise ValueError(f"`stride` must be at least 1, got {stride}.")
+    if padding not in ("replicate", "reflect", "circular", "zeros", "constant"):
+        raise ValueError(
+            f"`padding` must be 'replicate', 'reflect', 'circular', 'zeros' or 'constant', got {padding!r}."
+        )
     if sigma == 0:
-        return map
-    return blurred(map, torch.tensor(sigma, dtype=map.dtype, device=map.device), math.ceil(4 * sigma), padding)
+        return map if stride == 1 else map[(..., *[slice(None, None, stride)] * (map.ndim - 2))]
+    sigma_ = torch.tensor(sigma, dtype=map.dtype, device=map.device)
+    return blurred(map, sigma_, math.ceil(4 * sigma), padding, value, stride)
 
 
-def blurred(map: Tensor, sigma: Tensor, reach: int, padding: str = "replicate") -> Tensor:
+def blurred(
+    map: Tensor, sigma: Tensor, reach: int, padding: str = "replicate", value: float = 0.0, stride: int = 1
+) -> Tensor:
     """Smooth as `smooth` does, by a `sigma` ``[]`` that may be differentiated, with weights up to `reach` pixels."""
     steps = torch.arange(-reach, reach + 1, device=map.device, dtype=map.dtype)
     kernel = torch.exp(-(steps**2) / (2 * sigma.clamp(min=1e-3) ** 2))
@@ -124,9 +136,12 @@ def blurred(map: Tensor, sigma: Tensor, reach: int, padding: str = "replicate") 
         rows = map.movedim(axis, -1)
         shape = rows.shape
         lines = rearrange(rows, "... n -> (...) 1 n")
-        mode = "constant" if padding == "zeros" else padding
-        lines = F.conv1d(F.pad(lines, (reach, reach), mode=mode), kernel.reshape(1, 1, -1))
-        map = lines.reshape(shape).movedim(-1, axis)
+        if padding in ("zeros", "constant"):
+            lines = F.pad(lines, (reach, reach), value=value if padding == "constant" else 0.0)
+        else:
+            lines = F.pad(lines, (reach, reach), mode=padding)
+        lines = F.conv1d(lines, kernel.reshape(1, 1, -1), stride=stride)
+        map = lines.reshape(*shape[:-1], lines.shape[-1]).movedim(-1, axis)
     return map
 
 
