@@ -6,8 +6,25 @@ from pullback._call import layers as layers
 from pullback._call import params_of as params_of
 from pullback._taps import Layer as Layer
 from pullback._targets import over_targets as over_targets
+from pullback.cam import ablation_cam as ablation_cam
+from pullback.cam import cam as cam
+from pullback.cam import eigen_cam as eigen_cam
+from pullback.cam import eigen_grad_cam as eigen_grad_cam
+from pullback.cam import elementwise_grad_cam as elementwise_grad_cam
+from pullback.cam import finer_cam as finer_cam
+from pullback.cam import fused_cam as fused_cam
 from pullback.cam import grad_cam as grad_cam
+from pullback.cam import grad_cam_plus_plus as grad_cam_plus_plus
+from pullback.cam import guided_grad_cam as guided_grad_cam
+from pullback.cam import hires_cam as hires_cam
+from pullback.cam import is_cam as is_cam
+from pullback.cam import layer_cam as layer_cam
 from pullback.cam import linear_approx as linear_approx
+from pullback.cam import refine_cam as refine_cam
+from pullback.cam import score_cam as score_cam
+from pullback.cam import smooth_grad_cam_plus_plus as smooth_grad_cam_plus_plus
+from pullback.cam import ss_cam as ss_cam
+from pullback.cam import xgrad_cam as xgrad_cam
 from pullback.conductance import conductance as conductance
 from pullback.conductance import internal_influence as internal_influence
 from pullback.conductance import neuron_conductance as neuron_conductance
@@ -24,6 +41,9 @@ from pullback.paths import guided_integrated_gradients as guided_integrated_grad
 from pullback.paths import idgi as idgi
 from pullback.paths import integrated_gradients as integrated_gradients
 from pullback.paths import integrated_hessians as integrated_hessians
+from pullback.relevance import contrastive_excitation_backprop as contrastive_excitation_backprop
+from pullback.relevance import excitation_backprop as excitation_backprop
+from pullback.relevance import lrp as lrp
 
 __all__ = [
     "PullbackWarning",
@@ -50,4 +70,24 @@ __all__ = [
     "integrated_hessians",
     "internal_influence",
     "neuron_conductance",
+    "ablation_cam",
+    "cam",
+    "eigen_cam",
+    "eigen_grad_cam",
+    "elementwise_grad_cam",
+    "finer_cam",
+    "fused_cam",
+    "grad_cam_plus_plus",
+    "guided_grad_cam",
+    "hires_cam",
+    "is_cam",
+    "layer_cam",
+    "refine_cam",
+    "score_cam",
+    "smooth_grad_cam_plus_plus",
+    "ss_cam",
+    "xgrad_cam",
+    "contrastive_excitation_backprop",
+    "excitation_backprop",
+    "lrp",
 ]

@@ -205,6 +205,7 @@ def run(
             raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}.")
         if sites:
             raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
+        _note_constants(mode, params)
         with mode:
             result = model(params, x)
     else:
@@ -280,6 +281,7 @@ def _run_module(
         _check_scripted(shell, mode.table)
     tap = None if edit is None else attach(shell, sites, edit, seen)
     followed = [] if mode.table is None or not mode.table.wants_layers else _follow_layers(shell, mode)
+    _note_constants(mode, params if compiling() else shell.root)
     with mode:
         if compiling():
             result = functional_call(shell.root, params, args, kwargs)  # pyright: ignore[reportArgumentType]
@@ -293,6 +295,17 @@ def _run_module(
             if calls <= (site.call or 0):
                 raise ValueError(f"`layer` names `{site}`, but this forward calls `{site.name}` {calls} times.")
     return result
+
+
+def _note_constants(mode: swapped, params: Any) -> None:
+    """Note the tensors that a model holds, for rules that keep account of what depends on the input."""
+    if mode.table is None or mode.table.watch is None:
+        return
+    if isinstance(params, nn.Module):
+        held = [t for layer in params.modules() for own in (layer._parameters, layer._buffers) for t in own.values()]
+    else:
+        held = [t for part in (params if isinstance(params, tuple) else (params,)) for t in part.values()]
+    mode.table.watch(mode.memo, None, (), {}, [t for t in held if isinstance(t, Tensor)])
 
 
 def _follow_layers(shell: Shell, mode: swapped) -> list[Callable[[], None]]:

@@ -66,36 +66,55 @@ def arguments(args: Sequence[Any], kwargs: dict[str, Any], *names: tuple[str, An
     return [given[i] if i < len(args) else kwargs.get(name, default) for i, (name, default) in enumerate(names)]
 
 
-# -- what is a constant
+# -- what a run remembers of tensors
+
+
+def remember(memo: dict[str, Any], kind: str, t: Tensor, value: Any) -> None:
+    """Keep a value with a tensor, for the length of the run."""
+    if compiling():  # a tensor that is traced has identity, but no id
+        memo.setdefault(kind, []).append((t, value))
+    else:
+        memo.setdefault(kind, {})[id(t)] = (t, value)
+
+
+def recall(memo: dict[str, Any], kind: str, t: Tensor) -> Any:
+    """Give the value that was kept with a tensor, or None."""
+    if compiling():
+        for known, value in memo.get(kind, ()):
+            if known is t:
+                return value
+        return None
+    return memo.get(kind, {}).get(id(t), (None, None))[1]
+
+
+def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    found = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    for group in args:
+        if isinstance(group, list | tuple):
+            found += [t for t in group if isinstance(t, Tensor)]
+    return found
 
 
 def watch_constants(memo: dict[str, Any], func: Operation, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
     """Keep account of the tensors that are computed from parameters alone: they take no part in sharing relevance."""
-    known: dict[int, Tensor] = memo.setdefault("constants", {})
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    for group in args:
-        if isinstance(group, list | tuple):
-            tensors += [t for t in group if isinstance(t, Tensor)]
-    fixed = all(is_constant(t, memo) for t in tensors) and operation_of(func) is not F.embedding
+    fixed = operation_of(func) is not F.embedding and all(is_constant(t, memo) for t in tensors_in(args, kwargs))
+    if fixed:
+        for value in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                mark_constant(value, memo)
+        return
     name = getattr(func, "__name__", "")
-    written = args[0] if args and (name == "__setitem__" or (name.endswith("_") and name[:2] != "__")) else None
-    if not fixed and isinstance(written, Tensor):
-        known.pop(id(written), None)
-    for value in result if isinstance(result, list | tuple) else (result,):
-        if fixed and isinstance(value, Tensor) and value.is_floating_point():
-            known[id(value)] = value
+    if args and isinstance(args[0], Tensor) and (name == "__setitem__" or (name.endswith("_") and name[:2] != "__")):
+        remember(memo, "constants", args[0], False)  # what depends on the input was written to it
 
 
 def is_constant(t: Any, memo: dict[str, Any]) -> bool:
     """Say whether a tensor does not depend on the input, or has no relevance because it is no floating-point number."""
-    if not isinstance(t, Tensor) or isinstance(t, torch.nn.Parameter) or not t.is_floating_point():
-        return True
-    return not compiling() and id(t) in memo.get("constants", ())
+    return not isinstance(t, Tensor) or not t.is_floating_point() or bool(recall(memo, "constants", t))
 
 
 def mark_constant(t: Tensor, memo: dict[str, Any]) -> Tensor:
-    if not compiling():
-        memo.setdefault("constants", {})[id(t)] = t
+    remember(memo, "constants", t, True)
     return t
 
 
@@ -120,10 +139,7 @@ def product() -> Callable[..., Any]:
     """
 
     def rule(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        for group in args:
-            if isinstance(group, list | tuple):
-                tensors += [t for t in group if isinstance(t, Tensor)]
+        tensors = tensors_in(args, kwargs)
         factors = sum(not is_constant(t, memo) for t in tensors)
         y = operation(*args, **kwargs)
         return scaled(y, 1 / factors) if factors > 1 else y
@@ -277,7 +293,7 @@ def carried(map: LinearMap, weight: Tensor, scale: Tensor, moved: Tensor | None)
 
 
 class Share(NamedTuple):
-    r"""A part of a rule: relevance :math:`\sum_k p_k \odot W_k^T \big(g R / z\big)` with :math:`z = \sum_k W_k p_k + b`.
+    r"""A part of a rule: :math:`\sum_k p_k \odot W_k^T \big(g R / z\big)` of relevance, :math:`z = \sum_k W_k p_k + b`.
 
     `gain` is g, `parts` the pairs of p (None for the input itself) and W.
     """
@@ -320,8 +336,7 @@ class LinearRule:
         else:
             value = map.biased(map.apply(still(map.input), map.weight), map.bias)
         result = self.finished(map, value)
-        if not compiling():
-            memo.setdefault("origins", {})[id(result)] = (result, self, map, value)
+        remember(memo, "origins", result, (self, map, value))
         return result
 
     def finished(self, map: LinearMap, value: Tensor) -> Tensor:

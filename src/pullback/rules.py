@@ -37,6 +37,8 @@ from pullback._relevance import (
     mark_constant,
     nonzero,
     product,
+    recall,
+    remember,
     scaled,
     stabilised,
     still,
@@ -266,7 +268,9 @@ def alpha_beta(alpha: float = 2.0, beta: float = 1.0, epsilon: float = 1e-6, bia
 
 
 def gamma(gamma: float = 0.25, epsilon: float = 1e-6, bias: bool = True) -> Rule:
-    r"""Give the rule that favours positive contributions, :math:`R_i = \sum_j \frac{x_i (w_{ji} + \gamma w_{ji}^+)}{z_j} R_j`.
+    r"""Give the rule that favours positive contributions.
+
+    .. math:: R_i = \sum_j \frac{x_i (w_{ji} + \gamma w_{ji}^+)}{\sum_k x_k (w_{jk} + \gamma w_{jk}^+)} R_j
 
     For inputs or outputs that are negative, in its general form: what agrees in sign with the output is favoured.
 
@@ -290,7 +294,7 @@ def gamma(gamma: float = 0.25, epsilon: float = 1e-6, bias: bool = True) -> Rule
 def z_box(low: Any, high: Any, epsilon: float = 1e-6) -> Rule:
     r"""Give the rule for a first layer whose input lies in a box, :math:`l \le x \le h`.
 
-    .. math:: R_i = \sum_j \frac{x_i w_{ji} - l_i w_{ji}^+ - h_i w_{ji}^-}{\sum_k x_k w_{jk} - l_k w_{jk}^+ - h_k w_{jk}^-} R_j
+    .. math:: R_i = \sum_j \frac{q_{ji}}{\sum_k q_{jk}} R_j, \quad q_{ji} = x_i w_{ji} - l_i w_{ji}^+ - h_i w_{ji}^-
 
     `low` and `high` are numbers or tensors that broadcast to the input.
 
@@ -306,7 +310,9 @@ def z_box(low: Any, high: Any, epsilon: float = 1e-6) -> Rule:
 
 
 def w_square(epsilon: float = 1e-6, bias: bool = True) -> Rule:
-    r"""Give the rule for a first layer that looks at weights alone, :math:`R_i = \sum_j \frac{w_{ji}^2}{\sum_k w_{jk}^2} R_j`.
+    r"""Give the rule for a first layer that looks at weights alone.
+
+    .. math:: R_i = \sum_j \frac{w_{ji}^2}{\sum_k w_{jk}^2} R_j
 
     Reference:
         Montavon, Lapuschkin, Binder, Samek & Müller, Explaining NonLinear Classification Decisions, 2017, sec. 4.3.
@@ -332,7 +338,9 @@ def flat(epsilon: float = 1e-6) -> Rule:
 
 
 def norm(epsilon: float = 1e-6, plain: bool = False) -> Rule:
-    r"""Give the rule that shares relevance in proportion, :math:`R_i = \frac{x_i a_{ji}}{\sum_k x_k a_{jk}} R_j`, for pooling.
+    r"""Give the rule that shares relevance in proportion, for pooling.
+
+    .. math:: R_i = \sum_j \frac{x_i a_{ji}}{\sum_k x_k a_{jk}} R_j
 
     In the coordinates of this module the ordinary derivative does the same, but for `epsilon`.
     """
@@ -395,16 +403,16 @@ def merged() -> Rule:
         if affine is None:
             return NotImplemented
         scale, shift = affine
-        found = memo.get("origins", {}).get(id(input))
-        if found is None or not _runs_along(found[2], input):
+        found = recall(memo, "origins", input)
+        if found is None or not _runs_along(found[1], input):
             return input * _by_channel(scale, input) + _by_channel(shift, input)
-        _, rule, map, value = found
+        rule, map, value = found
         value = value * _by_channel(scale, input) + _by_channel(shift, input)
         bias = shift if map.bias is None else shift + scale * map.bias
         weight = _scaled_weight(map, scale)
         whole = map._replace(weight=weight, bias=bias)
         result = rule.finished(whole, value)
-        memo["origins"][id(result)] = (result, rule, whole, value)
+        remember(memo, "origins", result, (rule, whole, value))
         return result
 
     return Remembering(rule)
@@ -432,16 +440,18 @@ _ELEMENTWISE = tuple(
     if name != "glu"
 )
 _NORMS = tuple(
-    operation_of(getattr(F, n)) for n in "layer_norm group_norm instance_norm rms_norm".split() if hasattr(F, n)
+    operation_of(getattr(F, name))
+    for name in "layer_norm group_norm instance_norm rms_norm".split()
+    if hasattr(F, name)  # the last is newer than the oldest torch
 )
 _POOLING = tuple(operation_of(getattr(F, f"{kind}avg_pool{n}d")) for kind in ("", "adaptive_") for n in (1, 2, 3))
-_UNSEEN = tuple(getattr(torch, n) for n in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
-_CURVED = frozenset(
-    operation_of(op)
-    for op in (*_ELEMENTWISE, *_NORMS, *_POOLING, *_UNSEEN, *PRODUCTS, *LINEAR, F.glu, F.batch_norm, torch.softmax,
-               torch.log_softmax, torch.var, torch.std, torch.prod, torch.rsqrt, torch.bilinear if hasattr(torch, "bilinear") else F.bilinear,
-               F.local_response_norm, F.lp_pool1d, F.lp_pool2d, torch.div, torch.mul)
-) - {operation_of(op) for op in (torch.relu, torch.abs, torch.div, torch.mul, *_POOLING)}  # fmt: skip
+_OTHERS = (
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.softmax, torch.log_softmax, torch.rsqrt, torch.var),
+    *(torch.std, torch.prod, F.glu, F.bilinear, F.batch_norm, F.local_response_norm, F.lp_pool1d, F.lp_pool2d),
+)
+# what is not piecewise linear, or has parameters: told where a table of relevance rules does not cover it
+_TOLD = frozenset(map(operation_of, (*_ELEMENTWISE, *_NORMS, *_OTHERS, *PRODUCTS, *LINEAR, torch.mul, torch.div)))
+_TOLD -= {operation_of(torch.relu), operation_of(torch.abs)}
 
 
 def derivative() -> Rule:
@@ -554,7 +564,7 @@ def _table(mapping: Mapping[Any, Rule], name: str) -> Table:
     """Make a table of a mapping; one that shares out relevance watches what is constant, and tells what bends."""
     table = Table.of(mapping, name=name)
     watches = [rule.watch for rule in mapping.values() if hasattr(rule, "watch")]
-    return replace(table, watch=watches[0], tell=_CURVED) if watches else table
+    return replace(table, watch=watches[0], tell=_TOLD) if watches else table
 
 
 def table_of(rules: Rules) -> Table | None:

@@ -1,0 +1,208 @@
+"""Relevance: the score, or a probability, shared out backwards from layer to layer.
+
+The rules that do so are in `pullback.rules`. They catch operations, so they are right on any architecture without
+preparation: skips, in-place additions, concatenation, shared layers, attention.
+
+Layer-wise relevance propagation is covered by patents in some places: before you use it in a product, check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from pullback._call import (
+    Inputs,
+    Model,
+    Params,
+    Pulled,
+    Select,
+    Target,
+    cotangent,
+    public,
+    pullback,
+)
+from pullback._relevance import nonzero
+from pullback._shell import named_layers
+from pullback._taps import Layer
+from pullback.rules import Rules, table_of
+
+
+def _times_activation(pulled: Pulled, cotangents: Sequence[Tensor]) -> Any:
+    """Give relevance: the activation times its cotangent, zeros counted as a tiny number as in the rules."""
+    return pulled.rebuild([nonzero(a) * c for a, c in zip(pulled.activations, cotangents, strict=True)])
+
+
+@public
+def lrp(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    rules: Rules = "epsilon_plus",
+    layer: str = "",
+    at: str = "output",
+    output: Select = None,
+    strict: bool = False,
+) -> Any:
+    r"""Share out the score backwards, operation by operation, to the input or to a layer.
+
+    .. math:: R_i = \sum_j \frac{q_{ji}}{\sum_k q_{jk}} R_j
+
+    with contributions q that the rules define. Relevance adds up to the score where the rules conserve it: biases and
+    the epsilon in denominators take their share unless a rule is made with ``bias=False``. Costs 1.5 to 4 gradients;
+    under `vmap` over targets one forward, with the denominators, and one backward a target.
+
+    Args:
+        params, model, x, target, layer, at, output: See `gradient`.
+        rules: The name of a composite (``"epsilon"``, ``"epsilon_plus"``, ``"epsilon_alpha2_beta1"``, these two with
+            ``"_flat"``, ``"attn_lrp"``, ``"cp_lrp"``, ``"excitation"``), or a table ``{operation: rule}``: see
+            `pullback.rules`.
+        strict: Raise where `rules` do not cover an operation that is not piecewise linear, instead of warning.
+
+    Returns:
+        Relevance, signed, shaped like `x` or the activation, in units of the score. Calls of a reused layer are summed.
+
+    Raises:
+        ValueError: If there are no such rules, or `strict` and they do not cover the model.
+
+    Example:
+        >>> from torch import nn
+        >>> from pullback import rules
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> params, x = params_of(model), torch.randn(5, 3)
+        >>> r = lrp(params, model, x, 0, rules={nn.functional.linear: rules.epsilon(1e-9, bias=False)})
+        >>> torch.allclose(r.sum(1), model(x)[:, 0], atol=1e-4)
+        True
+
+    Reference:
+        Bach, Binder, Montavon, Klauschen, Müller & Samek, On Pixel-Wise Explanations for Non-Linear Classifier
+        Decisions by Layer-Wise Relevance Propagation, 2015, sec. 2.
+    """
+    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table_of(rules), strict=strict)
+    return _times_activation(pulled, pulled.pull(cotangent(pulled.output, target)))
+
+
+@public
+def excitation_backprop(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    layer: str = "",
+    at: str = "output",
+    output: Select = None,
+    strict: bool = False,
+) -> Any:
+    r"""Share out a probability of 1 backwards, in proportion to positive contributions.
+
+    .. math:: R_i = x_i \sum_j \frac{w_{ji}^+}{\sum_k w_{jk}^+ x_k} R_j
+
+    A winner-take-all walk from the target to the input. It adds up to 1 for each example: at a skip and at a
+    concatenation relevance is split in proportion, batch norm and activations hand it on. Where no weight into a unit
+    is positive, its relevance ends. At the input, whose values may be negative, so may be relevance: name a layer.
+
+    Args:
+        params, model, x, layer, at, output, strict: See `gradient`.
+        target: See `gradient`; a cotangent is taken as the relevance of the output.
+
+    Returns:
+        Relevance, shaped like `x` or the activation. Sum it over channels for a map.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+        >>> params, x = params_of(model), torch.randn(2, 3, 6, 6)
+        >>> r = excitation_backprop(params, model, x, target=0, layer="1")
+        >>> torch.allclose(r.sum((1, 2, 3)), torch.ones(2), atol=1e-5)
+        True
+
+    Reference:
+        Zhang, Lin, Brandt, Shen & Sclaroff, Top-down Neural Attention by Excitation Backprop, 2016, sec. 3.2.
+    """
+    table = table_of("excitation")
+    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table, strict=strict)
+    return _times_activation(pulled, pulled.pull(_probability(pulled.output, target)))
+
+
+def _probability(y: Tensor, target: Target) -> Tensor:
+    """Give the cotangent whose relevance is the target's indicator."""
+    return cotangent(y, target) / nonzero(y)
+
+
+@public
+def contrastive_excitation_backprop(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    layer: str = "",
+    contrast_layer: str,
+    classifier: str | None = None,
+    at: str = "output",
+    output: Select = None,
+    strict: bool = False,
+) -> Any:
+    r"""Excitation backprop of the target less that of its opposite, a classifier with negated weights.
+
+    .. math:: R = T (P - \bar P)
+
+    with relevance P of the target and :math:`\bar P` of its opposite at the contrast layer, and T the way from there to
+    `layer`. What all classes share cancels. Costs 3 forwards and 3 backwards.
+
+    Args:
+        params, model, x, target, at, output, strict: See `excitation_backprop`.
+        layer: Where relevance is wanted, before `contrast_layer`.
+        contrast_layer: Where target and opposite are compared, after `layer` and before the classifier.
+        classifier: The layer whose weight is negated. The last linear layer or convolution if omitted.
+
+    Returns:
+        Relevance, signed, shaped like `x` or the activation.
+
+    Raises:
+        ValueError: If the model has no such layers, or no `weight` in the classifier.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> params, x = params_of(model), torch.randn(5, 3)
+        >>> a = contrastive_excitation_backprop(params, model, x, 0, layer="1", contrast_layer="3")
+        >>> b = excitation_backprop(params, model, x, 0, layer="1")
+        >>> bool((a <= b + 1e-6).all())
+        True
+
+    Reference:
+        Zhang, Lin, Brandt, Shen & Sclaroff, Top-down Neural Attention by Excitation Backprop, 2016, sec. 3.3.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError("`model` must be a torch.nn.Module, whose classifier can be negated, got a function.")
+    table, options = table_of("excitation"), {"output": output, "strict": strict}
+    whole = pullback(params, model, x, layer=layer, at=at, table=table, **options)
+    seed = _probability(whole.output, target)
+    negated = _negated(params, model, classifier)
+    opposite = pullback(negated, model, x, layer=contrast_layer, table=table, **options)
+    against = opposite.rebuild(opposite.pull(_probability(opposite.output, target)))
+    lower = pullback(params, model, x, layer=layer, at=at, table=table, output=Layer(contrast_layer), strict=strict)
+    parts = zip(whole.pull(seed), lower.pull(against), strict=True)
+    return _times_activation(whole, [a - b for a, b in parts])
+
+
+def _negated(params: Params, model: nn.Module, classifier: str | None) -> Params:
+    """Give the parameters with the weight of the classifier negated."""
+    linear = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    found = [name for name, layer in named_layers(model) if isinstance(layer, linear)]
+    if classifier is None and not found:
+        raise ValueError("`classifier` must be named: the model has no linear layer or convolution.")
+    name = f"{found[-1] if classifier is None else classifier}.weight"
+    own = dict(model.named_parameters())
+    parts = params if isinstance(params, tuple) else (params,)
+    given = {k: v for part in parts for k, v in part.items()}
+    weight = given.get(name, own.get(name))
+    if weight is None:
+        raise ValueError(f"`classifier` must name a layer with a weight, got {classifier!r}: no `{name}`.")
+    return *parts, {name: -weight}
