@@ -1,7 +1,7 @@
 """Images as tensors, files, devices and settings.
 
-Written for today's torch, NumPy and Pillow. Pictures are drawn with matplotlib, which is imported when one is asked for,
-as Pillow is.
+Written for today's torch, NumPy and Pillow. Pictures are drawn with matplotlib, which is imported when one is asked
+for, as Pillow is.
 """
 
 from __future__ import annotations
@@ -130,9 +130,7 @@ def im_to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
-def imread(
-    file: Any, as_pil: bool = False, resize: float | Sequence[int] | None = None, to_rgb: bool = False
-) -> Any:
+def imread(file: Any, as_pil: bool = False, resize: float | Sequence[int] | None = None, to_rgb: bool = False) -> Any:
     """Read an image.
 
     Args:
@@ -151,11 +149,10 @@ def imread(
     with pil.open(file) as opened:
         image = opened.convert("RGB") if to_rgb else opened.copy()
     if resize is not None:
-        if isinstance(resize, tuple | list):
-            size = tuple(int(n) for n in resize)
+        if isinstance(resize, int | float):
+            size = tuple(max(1, round(n * resize / min(image.size))) for n in image.size)
         else:
-            scale = float(resize) / min(image.size)
-            size = tuple(max(1, round(n * scale)) for n in image.size)
+            size = tuple(int(n) for n in resize)
         image = image.resize(size, pil.Resampling.LANCZOS)
     return image if as_pil else pil_to_tensor(image)
 

@@ -26,6 +26,7 @@ Reference:
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 import warnings
 import weakref
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from pullback import maps
-from pullback._call import PullbackWarning, cotangent, params_of, public, pullback
+from pullback._call import PullbackWarning, _seen_at, cotangent, params_of, public, pullback
 from pullback._ops import SPELLINGS, Operation, Rule, Table, activations, swapped
 from pullback._shell import Shell, nearest, unwrapped
 from pullback._taps import Site, attach
@@ -209,7 +210,7 @@ class Probe:
         self.non_negative_contrast = False
         self.inplace = getattr(module, "inplace", None)
         if self.inplace is not None:
-            module.inplace = False
+            self._set_inplace(False)
         if target == "input":
             self.hook = module.register_forward_pre_hook(_InputHook(self))
         else:
@@ -225,7 +226,10 @@ class Probe:
         self.hook.remove()
         self.hook = None
         if self.inplace is not None:
-            self.module.inplace = self.inplace
+            self._set_inplace(self.inplace)
+
+    def _set_inplace(self, inplace: Any) -> None:
+        self.module.inplace = inplace
 
     def _watch(self, value: Any) -> Any:
         """Take the tensors of `value` into `data`, and give it with copies of them."""
@@ -289,15 +293,20 @@ def attach_debug_probes(model: nn.Module, debug: bool = False) -> OrderedDict[st
     """Probe every module at its output, and the model at its input, by name; `None` unless `debug`."""
     if not debug:
         return None
-    return OrderedDict(
-        (name, Probe(module, "output" if name else "input")) for name, module in model.named_modules()
-    )
+    return OrderedDict((name, Probe(module, "output" if name else "input")) for name, module in model.named_modules())
 
 
 # -- patches and contexts
 
 
-_patches: dict[tuple[int, str], list[Patch]] = {}
+class _Layer:
+    """A patch as the list of patches of its name knows it: a patch that nobody holds any more goes."""
+
+    def __init__(self, callable: Callable[..., Any]) -> None:
+        self.callable = callable
+
+
+_patches: dict[tuple[int, str], list[_Layer]] = {}
 _patches_lock = threading.RLock()
 
 
@@ -316,37 +325,33 @@ class Patch:
     """
 
     def __init__(self, target: str, new_callable: Callable[..., Any]) -> None:
-        self._placed = False
+        self._layer: _Layer | None = None  # `remove` runs also where what follows raises
         self.target, self.attribute = Patch.resolve(target)
-        self.new_callable = new_callable
+        self.orig_callable = getattr(self.target, self.attribute)
+        layer = _Layer(new_callable)
         with _patches_lock:
-            self.orig_callable = getattr(self.target, self.attribute)
-            _patches.setdefault(self._key, []).append(self)
+            stack = _patches.setdefault((id(self.target), self.attribute), [_Layer(self.orig_callable)])
+            stack.append(layer)
             setattr(self.target, self.attribute, new_callable)
-            self._placed = True
+        self._layer = layer
 
-    @property
-    def _key(self) -> tuple[int, str]:
-        return id(self.target), self.attribute
-
-    def __del__(self) -> None:
-        self.remove()
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not finalizing():
+            self.remove()
 
     def remove(self) -> None:
         """Undo the patch. Doing it again does nothing."""
-        if not self._placed:
+        layer, self._layer = self._layer, None
+        if layer is None:
             return
-        self._placed = False
         with _patches_lock:
-            stack = _patches[self._key]
-            place = stack.index(self)
-            if place + 1 < len(stack):  # a later patch stays in force; what it restores is what this one would
-                stack[place + 1].orig_callable = self.orig_callable
-            else:
-                setattr(self.target, self.attribute, self.orig_callable)
-            stack.remove(self)
-            if not stack:
-                del _patches[self._key]
+            stack = _patches[id(self.target), self.attribute]
+            was_in_force = stack[-1] is layer
+            stack.remove(layer)
+            if was_in_force:
+                setattr(self.target, self.attribute, stack[-1].callable)
+            if len(stack) == 1:
+                del _patches[id(self.target), self.attribute]
 
     @staticmethod
     def resolve(target: str) -> tuple[Any, str]:
@@ -368,12 +373,10 @@ class Patch:
 class _Mode(swapped):
     """Operations by the rules of a table, all others untouched: the model is the caller's own, perhaps in training."""
 
-    def __torch_function__(
-        self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _run(self, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spelling = SPELLINGS.get(func)
-        done = NotImplemented if spelling is None else self._by_rule(spelling, func, args, kwargs or {})
-        return func(*args, **(kwargs or {})) if done is NotImplemented else done
+        done = NotImplemented if spelling is None else self._by_rule(spelling, func, args, kwargs)
+        return func(*args, **kwargs) if done is NotImplemented else done
 
 
 class RuleContext(AbstractContextManager[Any]):
@@ -445,8 +448,7 @@ class ReLUContext(RuleContext):
 
     def _rules(self) -> Table:
         def rule(operation: Operation, input: Tensor) -> Any:
-            # the clone: an in-place ReLU writes the result over what the function may have saved
-            return self.relu_func.apply(input.clone())
+            return self.relu_func.apply(input)
 
         return relu_table(rule, f"The rules by {self.relu_func.__name__}")
 
@@ -504,7 +506,7 @@ def saliency(
     also_input = name != "" and input.requires_grad
     if functional and not (debug or at_root or also_input or _is_hooked(model)):
         probes = None
-        pulled = pullback(params_of(model), model, input, layer=name, table=table)
+        pulled = pullback(params_of(model), model, input.detach(), layer=name, table=table)
         gradients = pulled.pull(get_backward_gradient(pulled.output, target))
         calls = [_with_grad(a, g) for a, g in zip(pulled.activations, gradients, strict=True)]
     else:

@@ -2,8 +2,8 @@ r"""Deconvolutional networks: rectifiers rectify what comes back, whatever went 
 
     map = deconvnet(model, x, target)
 
-or, around a forward and backward of one's own, `DeConvNetContext`. The pure function is `pullback.deconvnet`, signed and
-per channel.
+or, around a forward and backward of one's own, `DeConvNetContext`. The pure function is `pullback.deconvnet`, signed
+and per channel.
 
 .. math:: g \mapsto \max(g, 0)
 
