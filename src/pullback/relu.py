@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pullback._levels import level
 from pullback._ops import Operation, Rule, compiling, operation_of
 
 RECTIFIERS = tuple(
@@ -62,7 +63,7 @@ class _TracedRectifier(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, high: float, variant: str) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(x: Tensor, high: float, variant: str, at: int | None) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         passes = x >= 0 if variant == "guided_torchray" else x > 0
         if high == float("inf"):
             return x.clamp(min=0), passes
@@ -76,15 +77,20 @@ class _TracedRectifier(torch.autograd.Function):
         ctx.save_for_forward(output[1])
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (passes,) = ctx.saved_tensors
         if ctx.variant != "plain":
             cotangent = cotangent.clamp(min=0)
-        return (cotangent if ctx.variant == "deconvnet" else cotangent * passes), None, None
+        return (cotangent if ctx.variant == "deconvnet" else cotangent * passes), None, None, None
 
 
 class _Rectifier(_TracedRectifier):
-    """The same with forward mode, which torch.compile does not trace."""
+    """The same with what torch.compile does not trace: forward mode, and the plain derivative at levels but `at`."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _TracedRectifier.setup_context(ctx, inputs, output)
+        ctx.variant = inputs[2] if level() == inputs[3] else "plain"
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -99,8 +105,9 @@ def variant(name: str) -> Rule:
         high = ceiling(operation, input, *args, **kwargs)
         if high is None:
             return NotImplemented
-        rectifier = _TracedRectifier if compiling() else _Rectifier
-        return rectifier.apply(input, high, name)[0]  # pyright: ignore[reportOptionalSubscript]
+        if compiling():
+            return _TracedRectifier.apply(input, high, name, None)[0]  # pyright: ignore[reportOptionalSubscript]
+        return _Rectifier.apply(input, high, name, level())[0]  # pyright: ignore[reportOptionalSubscript]
 
     rule.forgets_input = True  # pyright: ignore[reportFunctionMemberAccess]  # it saves a mask: see `pullback._ops`
     return rule

@@ -1,0 +1,68 @@
+"""Which derivative is being taken: the pullback's own, or one of an explanation.
+
+An explanation is a function of input and parameters, and can be differentiated itself. A rule changes the derivative
+that *makes* the explanation; the derivative *of* the explanation must see every operation as it is. Both pass through
+the same operations, each at a level of its own: a transform of `torch.func`, or ordinary autograd below them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pullback._native import compiling
+
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+# torch 2.0 does not show its stack: there, rules hold at every level
+_stack: Callable[[], Any] = getattr(_functorch, "get_interpreter_stack", lambda: None)
+_DIFFERENTIATES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+
+
+def _levels() -> list[int]:
+    return [transform.level() for transform in _stack() or () if transform.key() in _DIFFERENTIATES]
+
+
+def level() -> int | None:
+    """Give the level of the innermost derivative that is being taken; None for ordinary autograd."""
+    return max(_levels(), default=None)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def own_elsewhere(ruled: Tensor, input: Tensor, operation: Callable[[], Tensor]) -> Tensor:
+    """Give `ruled`, the result of a rule at `input`, with the operation's own derivative at every other level."""
+    if compiling():
+        return ruled
+    levels = _levels()
+    if len(levels) < 2 and not (levels and _unwrapped(input).requires_grad):  # no derivative but one
+        return ruled
+    return _OwnElsewhere.apply(ruled, operation(), max(levels))  # pyright: ignore[reportReturnType]
+
+
+class _OwnElsewhere(torch.autograd.Function):
+    """One value with two derivatives: by the first argument at the given level, by the second at all others."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(ruled: Tensor, own: Tensor, at: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ruled.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.here = level() == inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (cotangent, None, None) if ctx.here else (None, cotangent, None)
+
+    @staticmethod
+    def jvp(ctx: Any, ruled: Tensor, own: Tensor, _: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return own.clone()
