@@ -136,6 +136,31 @@ def test_an_in_place_rectifier_writes_back(rules):
     torch.testing.assert_close(with_rule, torch.cat([g[:, :2], expected], 1))
 
 
+def of_the_explanation(rules) -> None:
+    """The derivative of an explanation, by input and by parameter, is what finite differences of it find."""
+    case = BY_NAME["first in place"]
+    model, x, way = case.model(), case.x, torch.randn_like(case.x)
+    params = params_of(model)
+    zero = torch.zeros((), dtype=torch.float64)
+
+    def score(by_x: Tensor, by_weight: Tensor) -> Tensor:
+        weight = params["conv.weight"] * (1 + by_weight)
+        return (gradient({**params, "conv.weight": weight}, model, x + by_x * way, 1, rules=rules) * way).sum()
+
+    numeric = (slow.derivative(lambda t: score(t, zero), zero), slow.derivative(lambda t: score(zero, t), zero))
+    torch.testing.assert_close(grad(score, (0, 1))(zero, zero), numeric, rtol=1e-6, atol=1e-9)
+    by_x, by_weight = zero.clone().requires_grad_(), zero.clone().requires_grad_()
+    score(by_x, by_weight).backward()
+    torch.testing.assert_close((by_x.grad, by_weight.grad), numeric, rtol=1e-6, atol=1e-9)
+    many = vmap(grad(score))(torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(many, numeric[0].expand(2), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("rules", NAMED)
+def test_the_derivative_of_an_explanation_sees_the_rectifier_as_it_is(rules):
+    of_the_explanation(rules)
+
+
 # ---- rules of the user's own --------------------------------------------------------------------------------------
 
 
@@ -166,6 +191,10 @@ def straight_through(operation, x: Tensor, *args, **kwargs) -> Tensor:
 def test_a_table_with_an_autograd_function():
     ours = pulled(F.relu, X, ONES, {F.relu: Doubled})
     torch.testing.assert_close(ours, 2 * (X > 0).to(X))
+
+
+def test_the_derivative_of_an_explanation_by_a_function_of_the_users_own():
+    of_the_explanation({F.relu: Doubled})
 
 
 @pytest.mark.parametrize("key", [F.relu, torch.relu, Tensor.relu, torch.relu_])

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pullback import relu
+from pullback._levels import own_elsewhere
 from pullback._ops import ACTIVATIONS, Operation, Rule, Table, activations, operation_of
 from pullback._relevance import (
     CONVOLUTIONS,
@@ -83,8 +84,9 @@ def from_function(function: type[torch.autograd.Function]) -> Rule:
         )
 
     def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        high = relu.ceiling(operation, input, *args, **kwargs)
-        return function.apply(input) if high == float("inf") else NotImplemented
+        if relu.ceiling(operation, input, *args, **kwargs) != float("inf"):
+            return NotImplemented
+        return own_elsewhere(function.apply(input), input, lambda: operation(input, *args, **kwargs))  # pyright: ignore[reportArgumentType]
 
     return rule
 
