@@ -76,6 +76,8 @@ def smooth_grad(
     if not noise >= 0:
         raise ValueError(f"`noise` must be a standard deviation of at least 0, got {noise}.")
     leaves = Leaves(x)
+    if not leaves.floating:
+        raise TypeError("`x` holds no floating-point tensor to add noise to. Give the embedding as `x`.")
     batch = leaves.batch
     scales = [torch.full_like(t[:1], noise) if absolute else noise * _span(t) for t in leaves.tensors]
     total: Any = None
