@@ -488,11 +488,11 @@ def _pullback_to_layer(
 ) -> Pulled:
     if not isinstance(model, nn.Module):
         raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
-    seen = _seen_at(params, model, x, site)
+    seen = activations_at(params, model, x, site)
     try:
         return _pullback_to_seen(params, model, x, site, seen, output, table, strict, given)
     except _Surprise:
-        seen = _seen_at(params, model, x, site, real=True)
+        seen = activations_at(params, model, x, site, real=True)
     try:
         return _pullback_to_seen(params, model, x, site, seen, output, table, strict, given)
     except _Surprise:
@@ -561,7 +561,7 @@ def _sum_calls(tensors: Sequence[Tensor], site: Site) -> Tensor:
     return sum(tensors[1:], tensors[0])
 
 
-def _seen_at(params: Params, model: nn.Module, x: Inputs, site: Site, real: bool = False) -> tuple[Seen, ...]:
+def activations_at(params: Params, model: nn.Module, x: Inputs, site: Site, real: bool = False) -> tuple[Seen, ...]:
     if compiling():
         return _PLANS[_plan(model, site.name, site.at, site.part, described(x))]
     seen = None if real else known(model, x, site)

@@ -9,6 +9,7 @@ Masks over images ``[batch channel height width]`` are ``[mask 1 height width]``
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -201,6 +202,32 @@ def _drawn(
     heat = torch.exp(coldness * values)
     # a parameter of zero counts 1 below, and so does each of those that are beyond the grid
     return spread(values * heat) / (taps ** len(grid) + spread(heat - 1))
+
+
+def plain_smooth_masks(
+    parameters: Tensor, size: Sequence[int], *, step: int = 7, sigma: float = 21.0, coldness: float = 20.0
+) -> Tensor:
+    """Draw the larger masks of `smooth_masks` as the formula reads, pixel by pixel: ``[mask *whole]``.
+
+    Slow, and holds what each parameter in reach says of each pixel. Where many pixels are equal, their order by size is
+    that of the rounding of this form.
+    """
+    grid = smooth_grid(size, step)
+    padding, radius, *_ = _reach(step, float(sigma), len(grid))
+    pixels = [torch.arange(step * (n + 2 * padding - 2 * radius) - step + 1, device=parameters.device) for n in grid]
+    padded = F.pad(parameters[:, 0], [padding] * (2 * len(grid)))
+    values = []
+    for tap in itertools.product(range(2 * radius + 1), repeat=len(grid)):
+        blocks = [pixel // step + t for pixel, t in zip(pixels, tap, strict=True)]
+        aside = [
+            (pixel - sigma - step * (block - padding)).to(parameters.dtype)
+            for pixel, block in zip(pixels, blocks, strict=True)
+        ]
+        square = sum(part**2 for part in torch.meshgrid(*aside, indexing="ij"))
+        weight = torch.exp(-2 * (torch.sqrt(square) / sigma - 0.5).clamp(min=0) ** 2)  # pyright: ignore[reportArgumentType]
+        values.append(weight * padded[(slice(None), *torch.meshgrid(*blocks, indexing="ij"))])
+    stacked = torch.stack(values, 1)
+    return (stacked * torch.softmax(coldness * stacked, 1)).sum(1)
 
 
 def _laid_out(

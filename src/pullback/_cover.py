@@ -1,0 +1,183 @@
+"""Score a model whose input, or the activation of a layer, is covered in many ways.
+
+A perturbation method gives `cover(part, values)`, which sees copies of what is covered, ``[copy batch ...]``, and gives
+what the model runs on instead. `Scene` holds the rest: where that is, the target, and what the output is turned into
+before it is scored. Target and parameters are never looked at, so that a forward on copies is shared by all targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pullback._batch import each, folded, repeated, unfolded
+from pullback._call import Inputs, Leaves, Model, Params, Select, Target, activations_at, run, score
+from pullback._ops import compiling
+from pullback._taps import Site
+
+Cover: TypeAlias = Callable[[int, Tensor], Tensor]
+Squash: TypeAlias = "str | Callable[[Tensor], Tensor] | None"
+Progress: TypeAlias = "Callable[[int, int], object] | None"
+
+
+class Scene:
+    """A model, its input and a target, with the places that are covered.
+
+    `shapes`: of the tensors that are covered, ``[batch ...]``: the floating-point ones of `x`, or the layer's
+    activation.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        model: Model,
+        x: Inputs,
+        target: Target,
+        *,
+        layer: str = "",
+        at: str = "output",
+        output: Select = None,
+        strict: bool = False,
+        squash: Squash = None,
+    ) -> None:
+        self.params, self.model, self.x, self.target = params, model, x, target
+        self.output, self.strict, self.squash = output, strict, squash
+        self.leaves = Leaves(x)
+        self.batch = self.leaves.batch
+        self.site = Site.parse(layer, at)
+        self.seen: Any = ()
+        if self.site.name:
+            self.seen = activations_at(params, model, x, self.site)
+            calls = range(len(self.seen)) if self.site.call is None else [self.site.call]
+            found = {self.seen[call].shape: self.seen[call].dtype for call in calls if call < len(self.seen)}
+            if len(found) != 1:
+                raise ValueError(
+                    f"`layer` names `{self.site}`, called {len(self.seen)} times with activations of "
+                    f"{len(found)} shapes: choose a call, as in `{self.site.name}#0`."
+                )
+            self.shapes = list(found)
+            self.dtype = next(iter(found.values()))
+        else:
+            if not self.leaves.floating:
+                raise TypeError(
+                    "`x` holds no floating-point tensor to cover. Name a `layer`, such as the embedding, or cast `x`."
+                )
+            self.shapes = [t.shape for t in self.leaves.tensors]
+            self.dtype = self.leaves.tensors[0].dtype
+        self.device = next(t for _, t in self.leaves.items if t is not None).device
+
+    @property
+    def covered(self) -> Tensor:
+        """The one tensor of `x` that is covered."""
+        return self.leaves.tensors[0]
+
+    def outputs(self, copies: int, cover: Cover) -> Tensor:
+        """Run the model on covered copies: ``[(copy batch) *output]``."""
+
+        def others(value: Any) -> Any:
+            return repeated(value, copies, self.batch)
+
+        if not self.site.name:
+            tensors = [
+                folded(cover(part, t.unsqueeze(0).expand(copies, *t.shape)))
+                for part, t in enumerate(self.leaves.tensors)
+            ]
+            x = self.leaves.rebuild(tensors, others)
+            return self._squashed(run(self.params, self.model, x, output=self.output, strict=self.strict))
+
+        def edit(site: Site, call: int, activation: Tensor) -> Tensor:
+            if site.call not in (None, call):
+                return activation
+            return folded(cover(0, unfolded(activation, copies)).to(activation.dtype))
+
+        x = self.leaves.rebuild([others(t) for t in self.leaves.tensors], others)
+        result = run(
+            self.params,
+            self.model,
+            x,
+            output=self.output,
+            strict=self.strict,
+            sites=(self.site,),
+            edit=edit,
+            seen={self.site: self.seen},
+        )
+        return self._squashed(result)
+
+    def _squashed(self, output: Tensor) -> Tensor:
+        if self.squash is None or (callable(self.target) and isinstance(self.squash, str)):
+            return output
+        if callable(self.squash):
+            return self.squash(output)
+        if self.squash == "sigmoid":
+            return output.sigmoid()
+        if self.squash == "softmax":
+            return output.softmax(1) if output.ndim > 1 and output.shape[1] > 1 else output
+        raise ValueError(f"`squash` must be 'softmax', 'sigmoid', a function or None, got {self.squash!r}.")
+
+    def targets(self, copies: int) -> Target:
+        return repeated(self.target, copies, self.batch)
+
+    def scores(self, copies: int, cover: Cover) -> Tensor:
+        """Give ``[copy batch]``."""
+        return unfolded(score(self.outputs(copies, cover), self.targets(copies)), copies)
+
+
+class Canvas:
+    """Which axes of a tensor masks lie over: ``[batch channel ...]`` its spatial axes, tokens, or features alone.
+
+    `lay` brings the example's axes, the last ones, to ``channel *sizes``; `restore` brings them back.
+    """
+
+    def __init__(self, shape: Sequence[int], tokens: bool = False) -> None:
+        self.axes = len(shape) - 1  # of an example
+        if tokens and self.axes != 2:
+            raise ValueError(f"`tokens` needs [batch token channel], got {list(shape)}.")
+        if not 1 <= self.axes <= 4:
+            raise ValueError(f"Masks lie over [batch channel ...] with 1 to 3 spatial axes, got {list(shape)}.")
+        self.tokens = tokens
+        self.sizes = (shape[1],) if tokens or self.axes == 1 else tuple(shape[2:])
+
+    def lay(self, values: Tensor) -> Tensor:
+        if self.axes == 1:
+            return values.unsqueeze(-2)
+        return values.transpose(-1, -2) if self.tokens else values
+
+    def restore(self, values: Tensor) -> Tensor:
+        if self.axes == 1:
+            return values.squeeze(-2)
+        return values.transpose(-1, -2) if self.tokens else values
+
+
+def canvas_of(scene: Scene, tokens: bool = False) -> Canvas:
+    """Give the canvas of the one tensor that is covered."""
+    if len(scene.shapes) > 1:
+        raise TypeError("`x` holds several floating-point tensors: a map is of one. Name a `layer`.")
+    return Canvas(scene.shapes[0], tokens)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Give the type that masks and sums are computed in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def report(progress: Progress, done: int, total: int) -> None:
+    """Tell the caller's function how far it is, after each chunk or iteration."""
+    if progress is not None and not compiling():
+        progress(done, total)
+
+
+def picked(value: Any, indices: Tensor, batch: int) -> Any:
+    """Take examples of what has one entry per example (a target, a tensor of `x`); leave the rest."""
+    whole = repeated(value, 1, batch)
+    if isinstance(whole, list) and len(whole) == batch:
+        return [whole[i] for i in indices.tolist()]
+    if isinstance(whole, Tensor) and whole.ndim > 0 and whole.shape[0] == batch:
+        return whole.index_select(0, indices)
+    return value
+
+
+def picked_inputs(x: Inputs, indices: Tensor, batch: int) -> Any:
+    return each(lambda v: picked(v, indices, batch), x)
