@@ -186,6 +186,40 @@ def test_a_vision_transformer(capsys):
         assert file["grad_cam"].any()
 
 
+def runnable():
+    """The methods that need nothing but a layer."""
+    for name, function in cli.public_methods().items():
+        required = {o.name for o in cli.method_options(function).values() if cli.is_required(o)}
+        if required <= {"layer"}:
+            yield name
+
+
+@pytest.mark.parametrize("method", runnable())
+def test_every_public_method_can_be_named(capsys, method):
+    code, _, err = run(capsys, "explain", "a.png", *TOY, "--method", method, "--targets", "0,1")
+    if err:  # pairs of pixels, say
+        assert "which is no map to draw" in err[0]
+        assert "call it from Python" in err[0]
+    assert (code, len(err)) in ((0, 0), (2, 1))
+
+
+def runnable():
+    """The methods that need nothing but a layer."""
+    for name, function in cli.public_methods().items():
+        required = {o.name for o in cli.method_options(function).values() if cli.is_required(o)}
+        if required <= {"layer"}:
+            yield name
+
+
+@pytest.mark.parametrize("method", runnable())
+def test_every_public_method_can_be_named(capsys, method):
+    code, _, err = run(capsys, "explain", "a.png", *TOY, "--method", method, "--targets", "0,1")
+    if err:  # pairs of pixels, say
+        assert "which is no map to draw" in err[0]
+        assert "call it from Python" in err[0]
+    assert (code, len(err)) in ((0, 0), (2, 1))
+
+
 def test_methods_are_listed(capsys):
     code, out, err = run(capsys, "methods")
     assert (code, err) == (0, [])

@@ -338,7 +338,8 @@ def drawn(method: str, attribution: Tensor, x: Tensor, smooth: float) -> Tensor:
             attribution = maps.token_grid(attribution, x)
     if attribution.ndim != 4:
         shape = list(attribution.shape[1:])
-        raise Problem(f"{method} gives an attribution of shape {shape}, which is no map: choose a layer with positions")
+        cure = "choose a layer with positions, or call it from Python"
+        raise Problem(f"{method} gives an attribution of shape {shape}, which is no map to draw: {cure}")
     reduce = maps.channel_peak if method in PEAK_OVER_CHANNELS else maps.channel_sum
     map = attribution if attribution.shape[1] == 1 else reduce(attribution)
     size = map.shape[2:]
