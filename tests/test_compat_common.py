@@ -434,9 +434,9 @@ def test_a_layer_as_module_means_its_output(vgg):
     root = saliency(model, x, 3, model)
     assert root.shape == (2, 1)
     assert torch.equal(root, torch.ones(2, 1))  # the cotangent's peak
-    with pytest.raises(AssertionError, match="`saliency_layer` must be a layer of the model"):
+    with pytest.raises(AssertionError, match="A layer must be one of the model's"):
         saliency(model, x, 3, nn.ReLU())
-    with pytest.raises(AssertionError, match=r"no layer `features` in the model"):
+    with pytest.raises(AssertionError, match=r"No layer `features` in the model"):
         saliency(model, x, 3, "features")
 
 
@@ -508,7 +508,7 @@ def test_backward_gradient_forms():
     cotangent = torch.randn_like(y)
     assert get_backward_gradient(y, cotangent) is cotangent
     for wrong in (torch.ones(2), 3, [0, 1, 2]):
-        with pytest.raises(ValueError, match="must (be|lie)"):
+        with pytest.raises(ValueError, match=r"must (be|lie)"):
             get_backward_gradient(y, wrong)
     with pytest.raises(ValueError, match="no class axis"):
         get_backward_gradient(torch.zeros(3), 1)

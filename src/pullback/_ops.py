@@ -197,18 +197,23 @@ class swapped(TorchFunctionMode):
         return result
 
     def _run(self, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.table is not None:
-            spelling = SPELLINGS.get(func)
-            if spelling is not None:
-                done = self._by_rule(spelling, func, args, kwargs)
-                if done is not NotImplemented:
-                    return done
+        spelling = self._spelling(func)
+        if spelling is not None:
+            done = self._by_rule(spelling, func, args, kwargs)
+            if done is not NotImplemented:
+                return done
         native = _native.FORMS.get(func)
         result = func(*args, **kwargs) if native is None else native(self, func, *args, **kwargs)
         if self.measures and isinstance(result, Tensor):
             size = result.numel() * result.element_size()
             self.largest, self.total = max(self.largest, size), self.total + size
         return result
+
+    def _spelling(self, func: Operation) -> Spelling | None:
+        """Give how `func` spells an operation that the table may have a rule for: torch's, or the caller's own one."""
+        if self.table is None:
+            return None
+        return SPELLINGS.get(func) or (Spelling(func) if func in self.table.rules else None)
 
     def _by_rule(self, spelling: Spelling, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         table, operation = self.table, spelling.operation

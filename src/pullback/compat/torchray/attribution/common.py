@@ -40,8 +40,8 @@ import torch
 from torch import Tensor, nn
 
 from pullback import maps
-from pullback._call import PullbackWarning, _seen_at, cotangent, params_of, public, pullback
-from pullback._ops import SPELLINGS, Operation, Rule, Table, activations, swapped
+from pullback._call import PullbackWarning, activations_at, cotangent, params_of, public, pullback
+from pullback._ops import Operation, Rule, Table, activations, swapped
 from pullback._shell import Shell, nearest, unwrapped
 from pullback._taps import Site, attach
 from pullback.compat.torchray._arguments import ArgumentError
@@ -125,10 +125,10 @@ def get_pointing_gradient(pred_y: Tensor, y: int, normalize: bool = True) -> Ten
 
 def gradient_to_saliency(x: Tensor) -> Tensor:
     """Take the largest absolute value of ``x.grad`` over channels, ``[batch 1 ...]``."""
-    return maps.channel_peak(_gradient_of(x))
+    return maps.channel_peak(gradient_of(x))
 
 
-def _gradient_of(x: Tensor) -> Tensor:
+def gradient_of(x: Tensor) -> Tensor:
     if x.grad is None:
         raise ArgumentError("`x` has no `grad`: call `backward()` first, on an output that depends on `x`.")
     return x.grad
@@ -374,7 +374,7 @@ class _Mode(swapped):
     """Operations by the rules of a table, all others untouched: the model is the caller's own, perhaps in training."""
 
     def _run(self, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        spelling = SPELLINGS.get(func)
+        spelling = self._spelling(func)
         done = NotImplemented if spelling is None else self._by_rule(spelling, func, args, kwargs)
         return func(*args, **kwargs) if done is NotImplemented else done
 
@@ -498,7 +498,7 @@ def saliency(
     Returns:
         Map ``[batch 1 height width]`` without a graph; with `debug` a pair of it and the dict of probes.
     """
-    name = _name_of(model, saliency_layer)
+    name = name_of(model, saliency_layer)
     context = context_builder()
     table = context.table() if isinstance(context, RuleContext) else None
     functional = table is not None or type(context) is NullContext
@@ -527,17 +527,17 @@ def saliency(
     return (map, probes) if debug else map
 
 
-def _name_of(model: nn.Module, layer: str | nn.Module) -> str:
+def name_of(model: nn.Module, layer: str | nn.Module) -> str:
     """Give the name of a layer, ``""`` for the model itself."""
     if isinstance(layer, str):
         if get_module(model, layer) is None and get_module(unwrapped(model), layer) is None:
             near = nearest(layer, [name for name, _ in model.named_modules() if name])
-            raise ArgumentError(f"`saliency_layer`: no layer `{layer}` in the model. {near}")
+            raise ArgumentError(f"No layer `{layer}` in the model. {near}")
         return layer
     for name, module in model.named_modules():
         if module is layer:
             return name
-    raise ArgumentError(f"`saliency_layer` must be a layer of the model or its name, got {type(layer).__name__}.")
+    raise ArgumentError(f"A layer must be one of the model's, or a name of one, got {type(layer).__name__}.")
 
 
 def _is_hooked(model: nn.Module) -> bool:
@@ -580,7 +580,7 @@ def _on_autograd(
         return leaf.clone()
 
     sites: Sequence[Site] = [] if site is None else [site]
-    seen = {} if site is None else {site: _seen_at(params, model, input, site)}
+    seen = {} if site is None else {site: activations_at(params, model, input, site)}
     with torch.enable_grad(), swapped(), context:
         shell = Shell(model, backward_hooks=True)  # made within the context, which may have hooked the model
         shell.install(params)

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from pullback import maps
 from pullback.compat.torchray._arguments import ArgumentError
-from pullback.compat.torchray.attribution.common import _gradient_of, saliency
+from pullback.compat.torchray.attribution.common import gradient_of, saliency
 
 __all__ = ["grad_cam", "gradient_to_grad_cam_saliency"]
 
 
 def gradient_to_grad_cam_saliency(x: Tensor) -> Tensor:
     """Weight the channels of `x` by the mean of ``x.grad`` over positions, sum them, and clamp at 0. Not normalised."""
-    gradient = _gradient_of(x)
+    gradient = gradient_of(x)
     if x.ndim != 4:
         raise ArgumentError(f"`x` must be the activation of a layer with positions, 4-D, got {list(x.shape)}.")
     with torch.no_grad():

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback.compat.torchray.attribution.common import _gradient_of, saliency
+from pullback.compat.torchray.attribution.common import gradient_of, saliency
 
 __all__ = ["gradient_to_linear_approx_saliency", "linear_approx"]
 
 
 def gradient_to_linear_approx_saliency(x: Tensor) -> Tensor:
     """Multiply `x` by ``x.grad`` and sum over channels. Signed."""
-    gradient = _gradient_of(x)
+    gradient = gradient_of(x)
     with torch.no_grad():
         return maps.weighted_sum(x, gradient)
 
