@@ -28,6 +28,7 @@ from pullback.cam import xgrad_cam as xgrad_cam
 from pullback.conductance import conductance as conductance
 from pullback.conductance import internal_influence as internal_influence
 from pullback.conductance import neuron_conductance as neuron_conductance
+from pullback.fullgrad import full_grad as full_grad
 from pullback.gradients import deconvnet as deconvnet
 from pullback.gradients import gradient as gradient
 from pullback.gradients import guided_backprop as guided_backprop
@@ -41,6 +42,8 @@ from pullback.paths import guided_integrated_gradients as guided_integrated_grad
 from pullback.paths import idgi as idgi
 from pullback.paths import integrated_gradients as integrated_gradients
 from pullback.paths import integrated_hessians as integrated_hessians
+from pullback.regions import felzenszwalb_segments as felzenszwalb_segments
+from pullback.regions import xrai as xrai
 from pullback.relevance import contrastive_excitation_backprop as contrastive_excitation_backprop
 from pullback.relevance import excitation_backprop as excitation_backprop
 from pullback.relevance import lrp as lrp
@@ -90,4 +93,7 @@ __all__ = [
     "contrastive_excitation_backprop",
     "excitation_backprop",
     "lrp",
+    "full_grad",
+    "felzenszwalb_segments",
+    "xrai",
 ]
