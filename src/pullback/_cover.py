@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pullback._batch import each, folded, repeated, unfolded
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, activations_at, run, score
@@ -50,6 +50,8 @@ class Scene:
         self.site = Site.parse(layer, at)
         self.seen: Any = ()
         if self.site.name:
+            if not isinstance(model, nn.Module):
+                raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
             self.seen = activations_at(params, model, x, self.site)
             calls = range(len(self.seen)) if self.site.call is None else [self.site.call]
             found = {self.seen[call].shape: self.seen[call].dtype for call in calls if call < len(self.seen)}

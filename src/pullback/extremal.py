@@ -197,7 +197,7 @@ def extremal_perturbation(
     fractions = [float(areas)] if isinstance(areas, int | float) else [float(area) for area in areas]
     if not fractions or not all(0 <= area <= 1 for area in fractions):
         raise ValueError(f"`areas` must be fractions between 0 and 1, got {areas}.")
-    judge = {"simple": score, "contrastive": _contrast}.get(reward, reward) if isinstance(reward, str) else reward
+    judge = reward if callable(reward) else {"simple": score, "contrastive": _contrast}[reward]
     scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
     batch, total = scene.batch, len(fractions) * scene.batch
 
@@ -216,28 +216,24 @@ def extremal_perturbation(
         )
         canvas = canvas_of(part, tokens)
         at_input = not part.site.name
-        shown = (
-            drawn.pyramid(canvas.lay(part.covered), perturbation, levels=levels, max_blur=max_blur)
-            if at_input
-            else None
-        )
+
+        def levels_of(values: Tensor) -> Tensor:
+            return drawn.pyramid(canvas.lay(values), perturbation, levels=levels, max_blur=max_blur)
+
+        shown = levels_of(part.covered) if at_input else None
 
         def rewards(masks: Tensor, iteration: int) -> Tensor:
             covers = {"preserve": [masks], "delete": [1 - masks], "dual": [masks, 1 - masks]}[variant]
 
             def cover(_: int, values: Tensor) -> Tensor:
-                steps = shown
-                if steps is None:
-                    steps = drawn.pyramid(canvas.lay(values[0]), perturbation, levels=levels, max_blur=max_blur)
+                steps = levels_of(values[0]) if shown is None else shown
                 covered = torch.stack([drawn.blended(steps, mask) for mask in covers])
                 mirrored = jitter and at_input and iteration % 2 == 0
                 return canvas.restore(covered.flip(-1) if mirrored else covered)
 
             outputs = part.outputs(len(covers), cover)
             values = unfolded(judge(outputs, part.targets(len(covers))), len(covers))
-            return {"preserve": lambda v: v[0], "delete": lambda v: -v[0], "dual": lambda v: v[0] - v[1]}[variant](
-                values
-            )
+            return {"preserve": values[0], "delete": -values[0], "dual": values[0] - values[-1]}[variant]
 
         return optimised_masks(
             rewards,

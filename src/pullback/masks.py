@@ -112,6 +112,13 @@ def smooth_grid(size: Sequence[int], step: int) -> tuple[int, ...]:
     return tuple(math.ceil(n / step) for n in size)
 
 
+def _whole_size(size: Sequence[int], step: int, sigma: float) -> tuple[int, ...]:
+    """Give the size of the mask with its margin: as far as blocks of pixels are drawn, and enough to cut `size` out."""
+    margin = round(sigma)
+    blocks = [n + 2 * (math.ceil(2 * sigma / step) - math.ceil(sigma / step)) for n in smooth_grid(size, step)]
+    return tuple(max(step * n - step + 1, margin + length) for n, length in zip(blocks, size, strict=True))
+
+
 def smooth_masks(
     parameters: Tensor,
     size: Sequence[int],
@@ -165,7 +172,8 @@ def smooth_masks(
             f"`parameters` must be a grid of {list(grid)} for masks of {list(size)}, got {list(parameters.shape[2:])}."
         )
     padding, radius, weights, which = _reach(step, float(sigma), len(grid))
-    how = (grid, step, padding, radius, weights.to(parameters), which.to(parameters.device), pooling, coldness)
+    drawn = _whole_size(size, step, sigma)
+    how = (grid, drawn, step, padding, radius, weights.to(parameters), which.to(parameters.device), pooling, coldness)
     # what a parameter adds to each pixel in its reach is laid out for a few masks at a time
     together = max(1, 2**23 // (len(which) * math.prod(grid)))
     parts = [_drawn(parameters[k.start : k.stop].flatten(1), *how) for k in chunks(len(parameters), together)]
@@ -178,6 +186,7 @@ def smooth_masks(
 def _drawn(
     parameters: Tensor,
     grid: tuple[int, ...],
+    whole: tuple[int, ...],
     step: int,
     padding: int,
     radius: int,
@@ -191,7 +200,7 @@ def _drawn(
     values = weights[:, None] * parameters[:, None]  # [mask distance parameter]
 
     def spread(values: Tensor, highest: bool = False) -> Tensor:
-        return _laid_out(values.index_select(1, which), grid, step, taps, padding - 2 * radius, highest)
+        return _laid_out(values.index_select(1, which), grid, whole, step, taps, padding - 2 * radius, highest)
 
     if pooling == "sum":
         return spread(values)
@@ -214,8 +223,12 @@ def plain_smooth_masks(
     """
     grid = smooth_grid(size, step)
     padding, radius, *_ = _reach(step, float(sigma), len(grid))
-    pixels = [torch.arange(step * (n + 2 * padding - 2 * radius) - step + 1, device=parameters.device) for n in grid]
-    padded = F.pad(parameters[:, 0], [padding] * (2 * len(grid)))
+    whole = _whole_size(size, step, sigma)
+    pixels = [torch.arange(n, device=parameters.device) for n in whole]
+    behind = [
+        max(padding, (n - 1) // step + 2 * radius + 1 - padding - cells) for n, cells in zip(whole, grid, strict=True)
+    ]
+    padded = F.pad(parameters[:, 0], [n for end in reversed(behind) for n in (padding, end)])
     values = []
     for tap in itertools.product(range(2 * radius + 1), repeat=len(grid)):
         blocks = [pixel // step + t for pixel, t in zip(pixels, tap, strict=True)]
@@ -231,7 +244,13 @@ def plain_smooth_masks(
 
 
 def _laid_out(
-    patches: Tensor, grid: tuple[int, ...], step: int, taps: int, beyond: int, highest: bool = False
+    patches: Tensor,
+    grid: tuple[int, ...],
+    whole: tuple[int, ...],
+    step: int,
+    taps: int,
+    beyond: int,
+    highest: bool = False,
 ) -> Tensor:
     """Sum patches ``[mask offset parameter]``, each laid down at its parameter's place, or take the highest.
 
@@ -250,8 +269,8 @@ def _laid_out(
     # [mask *phase *block] -> [mask *(block phase)]
     order = [0, *(k for axis in range(axes) for k in (1 + axes + axis, 1 + axis))]
     image = patches.permute(order).reshape(len(patches), *(step * (n + taps - 1) for n in grid))
-    blank = (step * beyond, step * beyond - step + 1)  # as many blocks before as behind; the last shows one phase
-    return F.pad(image, blank * axes, value=-math.inf if highest else 0.0)
+    blank = [(step * beyond, n - step * beyond - laid) for n, laid in zip(whole, image.shape[1:], strict=True)]
+    return F.pad(image, [n for pair in reversed(blank) for n in pair], value=-math.inf if highest else 0.0)
 
 
 # -- what covers
