@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import relu as relu_imported_beforehand
+from torch.utils.checkpoint import checkpoint
 
 CLASSES = 5
 INFINITE = math.inf
@@ -619,6 +620,31 @@ def with_hooks(model: nn.Module) -> nn.Module:
     return model
 
 
+class AddsInPlace(nn.Module):
+    """Adds a parameter in place to what no parameter has touched yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(6))
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.clone()
+        h += self.offset
+        return self.head(h.square())
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its body in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(lambda x: F.softplus(self.body(x)), x, use_reentrant=False))
+
+
 # ---- the list -----------------------------------------------------------------------------------------------------
 
 
@@ -685,8 +711,7 @@ class Case:
     @property
     def integer(self) -> bool:
         """No part of the input has a gradient, so a layer must be named."""
-        parts = self.x.values() if isinstance(self.x, dict) else self.x if isinstance(self.x, tuple) else [self.x]
-        return not any(part.is_floating_point() for part in parts)
+        return isinstance(self.shapes, dict) and all(isinstance(part, Tensor) for part in self.shapes.values())
 
     def call(self, model: nn.Module, x: Any) -> Tensor:
         """The output that is explained."""
@@ -1081,6 +1106,15 @@ CASES = [
         why="hooks are part of the model",
     ),
     Case(
+        name="adds a parameter in place",
+        build=AddsInPlace,
+        shapes=VECTOR,
+        layers=("head",),
+        why="under `vmap` over parameters one is batched and the other is not",
+        smooth=True,
+        image=False,
+    ),
+    Case(
         name="training mode",
         build=lambda: Features(inplace),
         rewrite=lambda rectify: Features(lambda: Rectifier(rectify)),
@@ -1088,6 +1122,20 @@ CASES = [
         layers=("features.3",),
         why="dropout must not act, and the mode must stay as it was",
         trains=True,
+    ),
+]
+
+# What torch itself does not support; the laws hold every method to saying so.
+UNSUPPORTED = [
+    Case(
+        name="checkpoint",
+        build=Checkpointed,
+        shapes=VECTOR,
+        layers=("body",),
+        why="the backward pass runs the model again",
+        smooth=True,
+        image=False,
+        uncovered=True,
     ),
 ]
 
