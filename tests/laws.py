@@ -3,14 +3,16 @@
 A method is a public function whose first four arguments are `(params, model, x, target)`. It joins by being public; an
 entry in `LAWS` is owed only where a call needs options or does not support something. What is not supported stands in
 `EXCEPTIONS` with the reason, and `test_laws.py` asserts that it raises: nothing is skipped. README's table is made
-from the same list.
+from the same list, by `python tests/laws.py`.
 """
 
 import functools
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import slow
@@ -237,7 +239,11 @@ def pairs(transform: str = "call") -> list[Any]:
 def exceptions_table() -> str:
     """README's table, a row for each entry of `EXCEPTIONS`."""
     rows = [f"| {TRANSFORMS[e.transform]} | {e.who} | {e.on} | {e.reason} |" for e in EXCEPTIONS]
-    return "\n".join(["| not supported | by | on | because |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(["| not supported | by | on | because |", "|---|---|---|---|", *dict.fromkeys(rows)])
 
 
-assert set(CORE) <= set(BY_NAME)
+README = Path(__file__).parent.parent / "README.md"
+BETWEEN = re.compile(r"(?<=<!-- exceptions -->\n).*?(?=\n<!-- /exceptions -->)", re.DOTALL)
+
+if __name__ == "__main__":  # write the table into README
+    README.write_text(BETWEEN.sub(lambda _: exceptions_table(), README.read_text("utf-8")), "utf-8")

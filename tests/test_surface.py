@@ -5,6 +5,53 @@ import inspect
 import pullback
 
 PUBLIC = """
+PullbackWarning
+activation
+Layer
+layers
+params_of
+over_targets
+grad_cam
+linear_approx
+deconvnet
+gradient
+guided_backprop
+input_x_gradient
+saliency
+smooth_grad
+integrated_gradients
+blur_integrated_gradients
+conductance
+discretised_integrated_gradients
+expected_gradients
+guided_integrated_gradients
+idgi
+integrated_hessians
+internal_influence
+neuron_conductance
+ablation_cam
+cam
+eigen_cam
+eigen_grad_cam
+elementwise_grad_cam
+finer_cam
+fused_cam
+grad_cam_plus_plus
+guided_grad_cam
+hires_cam
+is_cam
+layer_cam
+refine_cam
+score_cam
+smooth_grad_cam_plus_plus
+ss_cam
+xgrad_cam
+contrastive_excitation_backprop
+excitation_backprop
+lrp
+full_grad
+felzenszwalb_segments
+xrai
 """.split()
 
 
