@@ -1,0 +1,297 @@
+r"""Excitation backprop: a probability shared out backwards in proportion to positive contributions.
+
+    map = excitation_backprop(model, x, target, saliency_layer="features.9")
+
+or, around a forward and backward of one's own, `ExcitationBackpropContext`. The pure functions are
+`pullback.excitation_backprop` and `pullback.contrastive_excitation_backprop`.
+
+.. math:: R_i = x_i \sum_j \frac{w_{ji}^+}{\sum_k w_{jk}^+ x_k} R_j
+
+**At a skip** TorchRay leaves `+` its derivative: relevance is doubled, which is told once a call. `EltwiseSum` shares
+it out in proportion instead; `update_resnet` puts it into a ResNet of torchvision's. The pure functions share relevance
+out at every `+` of any model.
+
+Reference:
+    Zhang, Lin, Brandt, Shen & Sclaroff, Top-down Neural Attention by Excitation Backprop, 2016.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from pullback import maps, rules
+from pullback._call import params_of, public, pullback, tell
+from pullback._ops import Operation, Table, operation_of
+from pullback._relevance import LINEAR, LinearRule, Remembering, Share, is_constant, still
+from pullback._shell import named_layers, unwrapped
+from pullback._taps import Layer
+from pullback.compat.torchray._arguments import ArgumentError
+from pullback.compat.torchray.attribution.common import (
+    RuleContext,
+    get_backward_gradient,
+    get_module,
+    gradient_of,
+    name_of,
+    resize_saliency,
+    saliency,
+)
+
+__all__ = [
+    "contrastive_excitation_backprop",
+    "eltwise_sum",
+    "EltwiseSum",
+    "EltwiseSumFunction",
+    "excitation_backprop",
+    "ExcitationBackpropContext",
+    "gradient_to_contrastive_excitation_backprop_saliency",
+    "gradient_to_excitation_backprop_saliency",
+    "update_resnet",
+]
+
+
+# -- sums
+
+
+class EltwiseSumFunction(torch.autograd.Function):
+    """The sum of tensors of one shape, with its derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return sum(inputs[1:], inputs[0]).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.count = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        return grad_outputs * ctx.count
+
+
+def eltwise_sum(*inputs: Tensor) -> Tensor:
+    """Add tensors of one shape. In excitation backprop relevance is shared out among them in proportion.
+
+    Example:
+        >>> eltwise_sum(torch.ones(2), torch.ones(2), torch.ones(2))
+        tensor([3., 3., 3.])
+    """
+    if has_torch_function(inputs):
+        return handle_torch_function(eltwise_sum, inputs, *inputs)
+    return sum(inputs[1:], inputs[0])
+
+
+class EltwiseSum(nn.Module):
+    """`eltwise_sum` as a module."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return eltwise_sum(*inputs)
+
+
+def _basic_block(self: Any, x: Tensor) -> Tensor:
+    skipped = x if self.downsample is None else self.downsample(x)
+    h = self.relu(self.bn1(self.conv1(x)))
+    return self.relu(self.skip(self.bn2(self.conv2(h)), skipped))
+
+
+def _bottleneck(self: Any, x: Tensor) -> Tensor:
+    skipped = x if self.downsample is None else self.downsample(x)
+    h = self.relu(self.bn1(self.conv1(x)))
+    h = self.relu(self.bn2(self.conv2(h)))
+    return self.relu(self.skip(self.bn3(self.conv3(h)), skipped))
+
+
+_FORWARDS = {"BasicBlock": _basic_block, "Bottleneck": _bottleneck}
+
+
+def update_resnet(model: nn.Module, debug: bool = False) -> nn.Module:
+    """Make the skips of a ResNet of torchvision's into `EltwiseSum`, for good.
+
+    Its outputs stay what they are. The pure functions need no such preparation.
+
+    Args:
+        model: The network, which is changed.
+        debug: Print the names of the blocks that are changed.
+
+    Returns:
+        The network.
+    """
+    blocks = [
+        (name, block)
+        for name, block in model.named_modules()
+        if type(block).__name__ in _FORWARDS and type(block).__module__ == "torchvision.models.resnet"
+    ]
+    if not blocks:
+        raise ArgumentError(
+            f"`model` must be a ResNet of torchvision's, got {type(model).__name__} without its blocks."
+        )
+    for name, block in blocks:
+        block.skip = EltwiseSum()
+        block.forward = types.MethodType(_FORWARDS[type(block).__name__], block)
+        if debug:
+            print(f"{name}: sum of branch and skip is an EltwiseSum")
+    return model
+
+
+# -- rules
+
+
+def _share_sum(operation: Operation, *inputs: Tensor) -> Tensor:
+    """Share relevance in proportion to what is positive of the inputs: none to any where there is nothing."""
+    fixed = [still(x) for x in inputs]
+    total = operation(*fixed)
+    excited = [x.clamp(min=0) for x in fixed]
+    whole = operation(*excited)
+    shares = [torch.where(whole > 0, x / torch.where(whole > 0, whole, 1), 0) for x in excited]
+    return operation(total, *(share * (x - x_) for share, x, x_ in zip(shares, inputs, fixed, strict=True)))
+
+
+def _told_sum(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+    """Leave `+` its derivative, and let that be told where both sides depend on the input."""
+    varying = [a for a in (*args, *kwargs.values()) if not is_constant(a, memo)]
+    return NotImplemented if len(varying) > 1 else operation(*args, **kwargs)
+
+
+def _told_negative(rule: Callable[..., Any]) -> Callable[..., Any]:
+    def told(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["input"]
+        # what records no gradient lies before the layer that is explained
+        if not memo.get("negative") and x.requires_grad and bool((x < 0).any()):
+            memo["negative"] = True
+            tell(
+                f"Excitation backprop takes inputs to be at least 0, and `{operation.__name__}` has negative ones: "
+                "before it relevance can be negative. Explain a layer behind a ReLU."
+            )
+        return rule(operation, *args, memo=memo, **kwargs)
+
+    return Remembering(told)
+
+
+def _table(negated: str | None = None) -> Table:
+    """Give TorchRay's rules; those of the layer `negated` as if its weight were of the other sign."""
+    table = rules.table_of("excitation_torchray")
+    assert table is not None
+    linear = {operation: _told_negative(table.rules[operation]) for operation in LINEAR if operation in table.rules}
+    add = operation_of(torch.add)
+    by_layer = list(table.by_layer)
+    if negated is not None:
+        opposite = LinearRule(
+            "excitation", lambda x, w, b, y: [Share(1.0, [(None, (-w).clamp(min=0))], None)], 1e-20, False, False, True
+        )
+        by_layer += [(negated, operation, opposite) for operation in linear]
+    return replace(
+        table,
+        rules={**table.rules, **linear, eltwise_sum: _share_sum, add: Remembering(_told_sum)},
+        by_layer=by_layer,
+        tell=table.tell | {add},
+        name="The rules of ExcitationBackpropContext",
+    )
+
+
+class ExcitationBackpropContext(RuleContext):
+    """A context in which the backward is that of excitation backprop: gradients are relevance.
+
+    Args:
+        enable: If not, it changes nothing.
+        debug: Taken for compatibility.
+    """
+
+    def __init__(self, enable: bool = True, debug: bool = False) -> None:
+        super().__init__()
+        self.enable, self.debug = enable, debug
+
+    def table(self) -> Table:
+        return _table() if self.enable else Table()
+
+
+# -- maps
+
+
+def gradient_to_excitation_backprop_saliency(x: Tensor) -> Tensor:
+    """Sum ``x.grad``, the relevance, over channels. Not clamped."""
+    return maps.channel_sum(gradient_of(x))
+
+
+def gradient_to_contrastive_excitation_backprop_saliency(x: Tensor) -> Tensor:
+    """Sum ``x.grad``, the relevance, over channels, and clamp at 0."""
+    return maps.channel_sum(gradient_of(x)).clamp(min=0)
+
+
+def excitation_backprop(
+    *args: Any,
+    context_builder: Callable[[], Any] = ExcitationBackpropContext,
+    gradient_to_saliency: Callable[[Tensor], Tensor] = gradient_to_excitation_backprop_saliency,
+    **kwargs: Any,
+) -> Any:
+    """Give the relevance map. Takes what `common.saliency` takes, but for `context_builder`.
+
+    On a network without skips whose activations are not negative it sums to 1.
+    """
+    if context_builder is not ExcitationBackpropContext:
+        raise ArgumentError("`context_builder` must be left out: the method has its own, ExcitationBackpropContext.")
+    return saliency(*args, context_builder=context_builder, gradient_to_saliency=gradient_to_saliency, **kwargs)
+
+
+@public
+def contrastive_excitation_backprop(
+    model: nn.Module,
+    input: Tensor,
+    target: Any,
+    saliency_layer: str | nn.Module,
+    contrast_layer: str | nn.Module,
+    classifier_layer: str | nn.Module | None = None,
+    resize: Any = False,
+    resize_mode: str = "bilinear",
+    get_backward_gradient: Callable[[Tensor, Any], Tensor] = get_backward_gradient,
+    debug: bool = False,
+) -> Any:
+    r"""Give the relevance of the target less that of its opposite, where the target wins.
+
+    .. math:: m = \max\Big(0, \sum_c T (P - \bar P)\Big)
+
+    with relevance P of the target and :math:`\bar P` of a classifier with negated weights, both at the contrast layer,
+    and T the way from there to `saliency_layer`. No weight is touched: it is the rule that negates.
+
+    Args:
+        model, input, target, saliency_layer, resize, resize_mode, get_backward_gradient: See `common.saliency`.
+        contrast_layer: Where target and opposite are compared.
+        classifier_layer: The layer whose weight counts as negated. The last linear layer or convolution if omitted.
+        debug: Give also probes of each module, in a pass of excitation backprop without contrast.
+
+    Returns:
+        Map ``[batch 1 height width]``, not negative; with `debug` a pair of it and the probes.
+    """
+    layer, contrast = name_of(model, saliency_layer), name_of(model, contrast_layer)
+    params, x = params_of(model), input.detach()
+    opposite = pullback(params, model, x, layer=contrast, table=_table(_classifier(model, classifier_layer)))
+    seed = get_backward_gradient(opposite.output, target)
+    against = opposite.rebuild(opposite.pull(seed))
+    whole = pullback(params, model, x, layer=layer, table=_table())
+    lower = pullback(params, model, x, layer=layer, table=_table(), output=Layer(contrast))
+    relevance = [a - b for a, b in zip(whole.pull(seed), lower.pull(against), strict=True)]
+    map = maps.channel_sum(whole.rebuild(relevance)).clamp(min=0)
+    map = resize_saliency(input, map, resize, resize_mode)
+    if not debug:
+        return map
+    _, probes = excitation_backprop(model, input, target, get_backward_gradient=get_backward_gradient, debug=True)
+    return map, probes
+
+
+def _classifier(model: nn.Module, layer: str | nn.Module | None) -> str:
+    """Give the name of the classifier as the core has it: without the names of wrappers."""
+    known = list(named_layers(model))
+    if layer is None:
+        names = [n for n, m in known if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+        if not names:
+            raise ArgumentError("`classifier_layer` must be given: the model has no linear layer or convolution.")
+        return names[-1]
+    module = get_module(model, name_of(model, layer))
+    return next(n for n, m in known if module is not None and m is unwrapped(module))
