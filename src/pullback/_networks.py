@@ -285,12 +285,13 @@ def read(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     except image_module.DecompressionBombError as error:
         raise Problem(_too_large("holds too many pixels")) from error
     except image_module.UnidentifiedImageError as error:
-        what = "is empty" if path.stat().st_size == 0 else "is no photograph that can be read"
-        raise Problem(f"{what}; formats: {', '.join(sorted(FORMATS))}") from error
+        if path.stat().st_size == 0:
+            raise Problem("is empty; take a whole copy") from error
+        raise Problem(f"is no photograph that can be read; save it as one of {', '.join(sorted(FORMATS))}") from error
     except PermissionError as error:
         raise Problem("cannot be opened: no permission to read it") from error
     except Exception as error:  # decoders raise all sorts of errors on damaged files
-        raise Problem(f"is damaged or cut short ({first_line(error)})") from error
+        raise Problem(f"is damaged or cut short ({first_line(error)}); take a whole copy") from error
     return np.asarray(image).reshape(*preprocessing.size, channels)
 
 
