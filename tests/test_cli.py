@@ -199,58 +199,6 @@ def test_every_public_method_can_be_named(capsys, method):
     assert (code, len(err)) in ((0, 0), (2, 1))
 
 
-def required(function):
-    return {option.name for option in cli.method_options(function).values() if cli.is_required(option)}
-
-
-@pytest.mark.parametrize("method", [name for name, f in cli.public_methods().items() if required(f) <= {"layer"}])
-def test_every_public_method_can_be_named(capsys, method):
-    code, _, err = run(capsys, "explain", "a.png", *TOY, "--method", method, "--targets", "0,1")
-    if err:  # pairs of pixels, say
-        assert "which is no map to draw" in err[0]
-        assert "call it from Python" in err[0]
-    assert (code, len(err)) in ((0, 0), (2, 1))
-
-
-def required(function):
-    return {option.name for option in cli.method_options(function).values() if cli.is_required(option)}
-
-
-@pytest.mark.parametrize("method", [name for name, f in cli.public_methods().items() if required(f) <= {"layer"}])
-def test_every_public_method_can_be_named(capsys, method):
-    code, _, err = run(capsys, "explain", "a.png", *TOY, "--method", method, "--targets", "0,1")
-    if err:  # pairs of pixels, say
-        assert "which is no map to draw" in err[0]
-        assert "call it from Python" in err[0]
-    assert (code, len(err)) in ((0, 0), (2, 1))
-
-
-def required(function):
-    return {option.name for option in cli.method_options(function).values() if cli.is_required(option)}
-
-
-@pytest.mark.parametrize("method", [name for name, f in cli.public_methods().items() if required(f) <= {"layer"}])
-def test_every_public_method_can_be_named(capsys, method):
-    code, _, err = run(capsys, "explain", "a.png", *TOY, "--method", method, "--targets", "0,1")
-    if err:  # pairs of pixels, say
-        assert "which is no map to draw" in err[0]
-        assert "call it from Python" in err[0]
-    assert (code, len(err)) in ((0, 0), (2, 1))
-
-
-def required(function):
-    return {option.name for option in cli.method_options(function).values() if cli.is_required(option)}
-
-
-@pytest.mark.parametrize("method", [name for name, f in cli.public_methods().items() if required(f) <= {"layer"}])
-def test_every_public_method_can_be_named(capsys, method):
-    code, _, err = run(capsys, "explain", "a.png", *TOY, "--method", method, "--targets", "0,1")
-    if err:  # pairs of pixels, say
-        assert "which is no map to draw" in err[0]
-        assert "call it from Python" in err[0]
-    assert (code, len(err)) in ((0, 0), (2, 1))
-
-
 def test_methods_are_listed(capsys):
     code, out, err = run(capsys, "methods")
     assert (code, err) == (0, [])
