@@ -160,6 +160,18 @@ def canvas_of(scene: Scene, tokens: bool = False) -> Canvas:
     return Canvas(scene.shapes[0], tokens)
 
 
+def axis_sizes(
+    name: str, given: int | Sequence[int] | None, sizes: Sequence[int], default: Callable[[int], int]
+) -> tuple:
+    """Give one number an axis."""
+    if given is None:
+        return tuple(default(n) for n in sizes)
+    chosen = (given,) * len(sizes) if isinstance(given, int) else tuple(given)
+    if len(chosen) != len(sizes) or min(chosen) < 1:
+        raise ValueError(f"`{name}` must be one positive number, or {len(sizes)}, one an axis, got {given}.")
+    return chosen
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Give the type that masks and sums are computed in: at least float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pullback import maps
 from pullback import masks as drawn
 from pullback._batch import chunks, unfolded
 from pullback._call import Inputs, Model, Params, Select, Target, cotangent, public, score
-from pullback._cover import Progress, Scene, canvas_of, picked, picked_inputs, report, wide
+from pullback._cover import Progress, Scene, Squash, axis_sizes, canvas_of, picked, picked_inputs, report, wide
+from pullback._random import Seed, uniform
 from pullback._targets import readable
 
 Reward = Callable[[Tensor, int], Tensor]
@@ -260,3 +262,129 @@ def extremal_perturbation(
 def _held(history: Tensor, length: int) -> Tensor:
     """Repeat the last column of a history that ended early."""
     return torch.cat([history, history[..., -1:].expand(*history.shape[:-1], length - history.shape[-1])], -1)
+
+
+@public
+def meaningful_perturbation(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    iterations: int = 300,
+    cells: int | Sequence[int] = 28,
+    baseline: drawn.Cover = "blur",
+    squash: Squash = "softmax",
+    area: float = 1e-4,
+    variation: float = 1e-2,
+    beta: float = 3.0,
+    jitter: int = 4,
+    learning_rate: float = 0.1,
+    seed: Seed = 0,
+    layer: str = "",
+    at: str = "output",
+    tokens: bool = False,
+    output: Select = None,
+    strict: bool = False,
+    chunk_size: int | None = None,
+    progress: Progress = None,
+    return_info: bool = False,
+) -> Any:
+    r"""Find a small, smooth part without which the score is low.
+
+    .. math:: \min_m \; f_t\big(m x + (1 - m) b\big) + \lambda_1 \sum_u |1 - m_u| +
+              \lambda_2 \sum_u \|\nabla m_u\|_\beta^\beta
+
+    over a coarse mask m in [0, 1], enlarged linearly; b is a blur of x. Adam, from the mask that keeps everything.
+    Costs `iterations` gradients; images and, under `vmap`, targets run as one batch.
+
+    Args:
+        params, model, x, target, layer, at, output, strict: See `gradient`.
+        iterations: Steps of Adam.
+        cells: Of the mask, along each axis; at most the size of the image.
+        baseline: What the mask blends into: see `pullback.masks.covering`. A blur by 10 pixels if omitted.
+        squash: What the output goes through before it is scored: see `rise`.
+        area, variation, beta: The weights :math:`\lambda_1` and :math:`\lambda_2` and the exponent.
+        jitter: The input is shifted at random by fewer pixels than this, around its border. Not at layers.
+        learning_rate: Of Adam.
+        seed: Of the shifts: an integer, or an integer tensor ``[]``.
+        tokens: What is covered is ``[batch token channel]``.
+        chunk_size: Images optimised together. All of them if omitted.
+        progress: Called with (iterations done, iterations in all).
+        return_info: Return ``(map, info)``; ``info["history"]``, ``[batch 3 iteration]``, holds the three terms.
+
+    Returns:
+        Map ``[batch 1 height width]`` in [0, 1]: one minus the mask, 1 on the part that is deleted.
+
+    Raises:
+        ValueError: If `iterations` is less than 1.
+
+    Example:
+        >>> model = lambda params, x: x[:, :, :4].sum((1, 2, 3))
+        >>> m = meaningful_perturbation({}, model, torch.ones(1, 1, 8, 8), None, baseline=0.0, cells=4, iterations=9)
+        >>> bool(m[0, 0, 0, 0] > m[0, 0, -1, -1])
+        True
+
+    Reference:
+        Fong & Vedaldi, Interpretable Explanations of Black Boxes by Meaningful Perturbation, 2017, sec. 4.
+    """
+    if iterations < 1:
+        raise ValueError(f"`iterations` must be at least 1, got {iterations}.")
+    where: dict[str, Any] = {"layer": layer, "at": at, "output": output, "strict": strict, "squash": squash}
+    scene = Scene(params, model, x, target, **where)
+
+    def run_rows(rows: range) -> tuple[Tensor, Tensor]:
+        index = torch.arange(rows.start, rows.stop, device=scene.device)
+        part = scene
+        if len(rows) < scene.batch:
+            examples = picked_inputs(x, index, scene.batch)
+            part = Scene(params, model, examples, picked(target, index, scene.batch), **where)
+        canvas = canvas_of(part, tokens)
+        counts = axis_sizes("cells", cells, canvas.sizes, lambda n: n)
+        grid = [min(count, n) for count, n in zip(counts, canvas.sizes, strict=True)]
+        dtype = wide(scene.dtype)
+
+        def terms(mask: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+            large = maps.resize(mask, canvas.sizes)
+
+            def cover(_: int, values: Tensor) -> Tensor:
+                shown = canvas.lay(values[0])
+                under = drawn.covering(shown, baseline)
+                blend = under + large.to(shown.dtype) * (shown - under)
+                return canvas.restore(_rolled(blend, shift) if jitter and not layer else blend).unsqueeze(0)
+
+            scores = part.scores(1, cover)[0].to(dtype)
+            steps = [mask.diff(dim=axis).abs().pow(beta).flatten(1).sum(1) for axis in range(2, mask.ndim)]
+            penalties = area * (1 - mask).abs().flatten(1).sum(1), variation * sum(steps[1:], steps[0])
+            parts = torch.stack([scores, *penalties], 1)
+            return parts.sum(), parts
+
+        mask = torch.ones(len(rows), 1, *grid, dtype=dtype, device=scene.device)
+        mean, square, history = torch.zeros_like(mask), torch.zeros_like(mask), []
+        for t in range(iterations):
+            at_t = torch.full((1,), t, device=scene.device)
+            shift = (uniform(seed, at_t, (len(grid),), torch.float32)[0] * max(1, jitter)).long()
+            slope, parts = torch.func.grad(terms, has_aux=True)(mask, shift)
+            mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
+            move = mean / (1 - 0.9 ** (t + 1)) / ((square / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
+            mask = (mask - learning_rate * move).clamp(0, 1)
+            history.append(parts)
+            report(progress, rows.start * iterations + (t + 1) * len(rows), scene.batch * iterations)
+        return 1 - maps.resize(mask, canvas.sizes), torch.stack(history, 2)
+
+    found = [run_rows(rows) for rows in chunks(scene.batch, chunk_size)]
+    map = torch.cat([map for map, _ in found]).to(scene.dtype)
+    return (map, {"history": torch.cat([history for _, history in found])}) if return_info else map
+
+
+def _rolled(values: Tensor, shift: Tensor) -> Tensor:
+    """Shift the trailing axes by as many pixels as `shift`, ``[axis]``, says, around the border."""
+    axes = shift.shape[0]
+    for k in range(axes):
+        axis = values.ndim - axes + k
+        length = values.shape[axis]
+        places = (torch.arange(length, device=values.device) - shift[k]) % length
+        shape = [1] * values.ndim
+        shape[axis] = length
+        values = torch.gather(values, axis, places.reshape(shape).expand(values.shape))
+    return values

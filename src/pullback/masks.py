@@ -44,6 +44,45 @@ def windows(size: int, window: int, stride: int, device: torch.device | None = N
     return (place >= start) & (place < start + window)
 
 
+# -- groups of pixels
+
+
+def cells(size: Sequence[int], count: Sequence[int]) -> Tensor:
+    """Number the cells of a regular grid, ``[1 *size]``: features that cover all channels.
+
+    Example:
+        >>> cells((2, 4), (1, 2)).tolist()
+        [[[0, 0, 1, 1], [0, 0, 1, 1]]]
+    """
+    number = torch.zeros(tuple(size), dtype=torch.long)
+    for axis, (length, parts) in enumerate(zip(size, count, strict=True)):
+        along = torch.arange(length) * parts // length
+        number = number * parts + along.reshape([-1 if k == axis else 1 for k in range(len(size))])
+    return number.unsqueeze(0)
+
+
+def superpixels(image: Tensor, segments: int = 50, compactness: float = 10.0) -> Tensor:
+    """Number the superpixels of images, ``[batch 1 height width]``, by SLIC; needs scikit-image.
+
+    Args:
+        image: ``[batch channel height width]``, any range.
+        segments: How many, about.
+        compactness: How much nearness counts against likeness.
+
+    Raises:
+        ImportError: If scikit-image is not installed.
+    """
+    try:
+        from skimage.segmentation import slic
+    except ImportError as error:
+        raise ImportError("`superpixels` needs scikit-image: `pip install scikit-image`.") from error
+    found = []
+    for one in maps.normalise(image.detach()).cpu().double():
+        pixels = one.movedim(0, -1).numpy()
+        found.append(torch.as_tensor(slic(pixels, segments, compactness, start_label=0, channel_axis=-1)))
+    return torch.stack(found).unsqueeze(1).long().to(image.device)
+
+
 # -- random grids
 
 
