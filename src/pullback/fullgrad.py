@@ -20,6 +20,7 @@ _TRANSPOSED = [getattr(F, f"conv_transpose{n}d") for n in (1, 2, 3)]
 _NORMS = [F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm]
 _CURVED = [getattr(F, name) for name in ACTIVATIONS if name not in ("relu", "leaky_relu", "prelu", "rrelu")]
 _CURVED += [torch.clamp, torch.clamp_min, torch.clamp_max, F.softmax, F.log_softmax, torch.softmax, torch.log_softmax]
+_CURVED += [torch.pow, torch.square, torch.sqrt, torch.exp, torch.log]
 
 
 @public
@@ -82,7 +83,7 @@ def full_grad(
         return run(params, model, x, output=output, table=_biases(met, deltas)), tuple(met)
 
     y, back, biases = vjp(forward, x, *zeros, has_aux=True)  # pyright: ignore[reportAssignmentType]
-    slope, *slopes = shared_pull(back)(cotangent(y, target))
+    slope, *slopes = shared_pull(lambda cotangents: back(*cotangents), (y,))(cotangent(y, target))
     shares = [x * slope, *(b * g for b, g in zip(biases, slopes, strict=True))]
     placed = [s for s in shares if s.ndim == x.ndim and s.shape[0] == x.shape[0]]
     map = sum(maps.resize(maps.channel_sum(maps.normalise(post(s))), x.shape[2:]) for s in placed)
@@ -121,8 +122,8 @@ def _biases(met: list[Tensor], deltas: Sequence[Tensor] | None) -> Table:
         def function(input: Tensor) -> Tensor:
             return operation(input, *args, **kwargs) if form is None else form(None, operation, input, *args, **kwargs)
 
-        y, linear = jvp(function, (input,), (input,))
-        return noted(y, y - linear)
+        y, *linear = jvp(function, (input,), (input,))
+        return noted(y, y - linear[0])
 
     return Table.of(
         {F.linear: affine(lambda y: 0)}
