@@ -52,6 +52,19 @@ lrp
 full_grad
 felzenszwalb_segments
 xrai
+occlusion
+rise
+extremal_perturbation
+meaningful_perturbation
+feature_ablation
+feature_permutation
+shapley_values
+shapley_sampling
+kernel_shap
+lime
+sobol_attribution
+hsic_attribution
+similar_detections
 """.split()
 
 

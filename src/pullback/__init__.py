@@ -28,6 +28,8 @@ from pullback.cam import xgrad_cam as xgrad_cam
 from pullback.conductance import conductance as conductance
 from pullback.conductance import internal_influence as internal_influence
 from pullback.conductance import neuron_conductance as neuron_conductance
+from pullback.extremal import extremal_perturbation as extremal_perturbation
+from pullback.extremal import meaningful_perturbation as meaningful_perturbation
 from pullback.fullgrad import full_grad as full_grad
 from pullback.gradients import deconvnet as deconvnet
 from pullback.gradients import gradient as gradient
@@ -42,6 +44,17 @@ from pullback.paths import guided_integrated_gradients as guided_integrated_grad
 from pullback.paths import idgi as idgi
 from pullback.paths import integrated_gradients as integrated_gradients
 from pullback.paths import integrated_hessians as integrated_hessians
+from pullback.perturbations import feature_ablation as feature_ablation
+from pullback.perturbations import feature_permutation as feature_permutation
+from pullback.perturbations import hsic_attribution as hsic_attribution
+from pullback.perturbations import kernel_shap as kernel_shap
+from pullback.perturbations import lime as lime
+from pullback.perturbations import occlusion as occlusion
+from pullback.perturbations import rise as rise
+from pullback.perturbations import shapley_sampling as shapley_sampling
+from pullback.perturbations import shapley_values as shapley_values
+from pullback.perturbations import similar_detections as similar_detections
+from pullback.perturbations import sobol_attribution as sobol_attribution
 from pullback.regions import felzenszwalb_segments as felzenszwalb_segments
 from pullback.regions import xrai as xrai
 from pullback.relevance import contrastive_excitation_backprop as contrastive_excitation_backprop
@@ -96,4 +109,17 @@ __all__ = [
     "full_grad",
     "felzenszwalb_segments",
     "xrai",
+    "occlusion",
+    "rise",
+    "extremal_perturbation",
+    "meaningful_perturbation",
+    "feature_ablation",
+    "feature_permutation",
+    "shapley_values",
+    "shapley_sampling",
+    "kernel_shap",
+    "lime",
+    "sobol_attribution",
+    "hsic_attribution",
+    "similar_detections",
 ]

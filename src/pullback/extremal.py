@@ -366,7 +366,7 @@ def meaningful_perturbation(
             shift = (uniform(seed, at_t, (len(grid),), torch.float32)[0] * max(1, jitter)).long()
             slope, parts = torch.func.grad(terms, has_aux=True)(mask, shift)
             mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
-            move = mean / (1 - 0.9 ** (t + 1)) / ((square / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
+            move = mean / (1 - 0.9 ** (t + 1)) / (square / (1 - 0.999 ** (t + 1)) + 1e-16).sqrt()
             mask = (mask - learning_rate * move).clamp(0, 1)
             history.append(parts)
             report(progress, rows.start * iterations + (t + 1) * len(rows), scene.batch * iterations)
