@@ -33,14 +33,34 @@ class Law:
     Attributes:
         options: Keyword arguments that keep a call small.
         points: How many times one call runs the model, for any number of targets.
+        reads: How many times more, to read a layer.
         rules: Changes the backward of rectifiers, and must tell of activations that it does not cover.
         basis: Stands for a mechanism of its own: `make test` tries it on every model, not on the core alone.
+        suited: More keyword arguments, made for the model.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    points: int = 1
+    points: int | Callable[[Case], int] = 1
+    reads: int = 0
     rules: bool = False
     basis: bool = False
+    suited: Callable[[Case], Mapping[str, Any]] = lambda case: {}
+
+
+def three_features(case: Case) -> dict[str, Any]:
+    """Number what is covered, the input or the layer that stands for it, by threes."""
+    if case.integer:
+        (shape, *_) = slow.layer_shapes(case.twin(), case.call, case.x)[case.layers[0]]
+        return {"features": torch.arange(torch.Size(shape[1:]).numel()).reshape(shape[1:]) % 3}
+
+    def numbered(part: Tensor) -> Tensor:
+        return torch.arange(part[0].numel()).reshape(part.shape[1:]) % 3
+
+    return {"features": pytree.tree_map(numbered, case.x)}
+
+
+def other_examples(case: Case) -> dict[str, Any]:
+    return {"background": pytree.tree_map(lambda part: part.flip(0) + 1, case.x), **three_features(case)}
 
 
 LAWS: dict[str, Law] = {
@@ -48,8 +68,64 @@ LAWS: dict[str, Law] = {
     "guided_backprop": Law(rules=True, basis=True),
     "deconvnet": Law(rules=True),
     "grad_cam": Law(basis=True),
-    "integrated_gradients": Law(options={"steps": 3}, points=3),
+    "integrated_gradients": Law(options={"steps": 3}, points=3, reads=1),
     "smooth_grad": Law(options={"samples": 3, "noise": 0.1}, points=3),
+    "occlusion": Law(options={"window": 9}, points=2),
+    "rise": Law(options={"samples": 4, "cells": 2}, points=4),
+    "sobol_attribution": Law(options={"samples": 3, "cells": 1}, points=9),
+    "hsic_attribution": Law(options={"samples": 5, "cells": 2}, points=5),
+    "extremal_perturbation": Law(
+        options={"iterations": 2, "step": 2, "sigma": 2.0, "levels": 3, "max_blur": 1.0, "areas": 0.3}, points=2
+    ),
+    "meaningful_perturbation": Law(options={"iterations": 3, "cells": 3, "jitter": 3}, points=3),
+    "feature_ablation": Law(suited=three_features, points=4),
+    "feature_permutation": Law(options={"samples": 2}, suited=other_examples, points=7),
+    "shapley_values": Law(suited=three_features, points=8),
+    "shapley_sampling": Law(options={"samples": 2}, suited=three_features, points=6),
+    "kernel_shap": Law(options={"samples": 4}, suited=three_features, points=6),
+    "lime": Law(options={"samples": 5}, suited=three_features, points=5),
+}
+
+
+def channels(case: Case) -> int:
+    return slow.layer_shapes(case.twin(), case.call, case.x)[case.layers[0]][0][1]
+
+
+def at_its_layer(case: Case) -> dict[str, Any]:
+    return {"layer": case.layers[0]}
+
+
+def at_its_layers(case: Case) -> dict[str, Any]:
+    return {"layers": case.layers[:1]}
+
+
+def some_words(case: Case) -> dict[str, Any]:
+    width = 6 if case.integer or not isinstance(case.x, Tensor) else case.x.shape[-1]
+    return {"words": torch.randn(11, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)}
+
+
+LAWS |= {
+    "expected_gradients": Law({"samples": 2, "noise": 0.1}, points=2, suited=lambda case: {"baselines": case.x}),
+    "blur_integrated_gradients": Law({"steps": 2, "sigma": 0.3}, points=2),
+    "idgi": Law({"steps": 3}, points=4),
+    "guided_integrated_gradients": Law({"steps": 3}, points=3),
+    "discretised_integrated_gradients": Law({"steps": 3, "neighbours": 4}, points=4, suited=some_words),
+    "integrated_hessians": Law({"steps": 2}, points=4),
+    "internal_influence": Law({"steps": 2}, points=2),
+    "conductance": Law({"steps": 2}, points=4),
+    "neuron_conductance": Law({"steps": 2, "neuron": torch.ones((), dtype=torch.float64)}, points=4),
+    "cam": Law({"head": "head"}),
+    "smooth_grad_cam_plus_plus": Law({"samples": 2, "noise": 0.1}, points=3),
+    "score_cam": Law(points=lambda case: 1 + channels(case)),
+    "ss_cam": Law({"samples": 2, "noise": 0.5}, points=lambda case: 1 + 2 * channels(case)),
+    "is_cam": Law({"samples": 2}, points=lambda case: 1 + 2 * channels(case)),
+    "ablation_cam": Law(points=lambda case: 1 + channels(case)),
+    "finer_cam": Law(points=2, suited=at_its_layer),
+    "fused_cam": Law(suited=at_its_layers),
+    "refine_cam": Law(suited=at_its_layers),
+    "guided_grad_cam": Law(points=2, rules=True),
+    "full_grad": Law(points=2),
+    "xrai": Law({"steps": 2, "segments": torch.arange(36).reshape(6, 6) // 7}, points=4),
 }
 
 TRANSFORMS = {
@@ -73,7 +149,7 @@ class Exempt:
 
     transform: str
     reason: str
-    raises: type[Exception]
+    raises: type[Exception] | tuple[type[Exception], ...]
     match: str
     methods: Callable[[str], bool] = lambda name: True
     cases: Callable[[Case], bool] = lambda case: True
@@ -84,7 +160,7 @@ class Exempt:
 
 
 def takes_no_layer(name: str) -> bool:
-    return "layer" not in inspect.signature(METHODS[name]).parameters
+    return name not in FUSED and "layer" not in inspect.signature(METHODS[name]).parameters
 
 
 def has_no_positions(case: Case) -> bool:
@@ -93,17 +169,115 @@ def has_no_positions(case: Case) -> bool:
     return len(shape) < 3
 
 
+MASKED = "occlusion rise sobol_attribution hsic_attribution extremal_perturbation meaningful_perturbation".split()
 WITHOUT_POSITIONS = {case.name for case in CASES if has_no_positions(case)}
 
+BY_GRADIENT = "grad_cam linear_approx hires_cam elementwise_grad_cam layer_cam xgrad_cam grad_cam_plus_plus".split()
+BY_FORWARDS = "score_cam ss_cam is_cam".split()
+FUSED = "finer_cam fused_cam refine_cam".split()
+OF_A_LAYER = [*BY_GRADIENT, *BY_FORWARDS, *FUSED, "smooth_grad_cam_plus_plus", "eigen_cam", "eigen_grad_cam",
+              "ablation_cam"]  # fmt: skip
+ON_A_PATH_OF_INPUTS = "conductance internal_influence neuron_conductance".split()
+
+
+def is_one_tensor(case: Case) -> bool:
+    return isinstance(case.x, Tensor)
+
+
+def has_sides(case: Case) -> bool:
+    """All of the input has positions."""
+    parts = [part for part in pytree.tree_leaves(case.x) if part.is_floating_point()]
+    return all(part.ndim > 2 for part in parts)
+
+
+def ends_in_cam(case: Case) -> bool:
+    """The layer's channels go through positions' mean to a linear layer `head` that gives the output."""
+    head = getattr(case.twin(), "head", None)
+    return isinstance(head, torch.nn.Linear) and head.in_features == channels(case) and case.name not in CURVED_AFTER
+
+
+CURVED_AFTER: set[str] = set()
+CLASSIFIES = {case.name for case in CASES if case.targets and case.call(case.twin(), case.x).ndim == 2}
+
 EXCEPTIONS: list[Exempt] = [
+    Exempt(
+        "call",
+        "a mask, a blur or a map at the input needs one tensor",
+        TypeError,
+        "`x` must be one tensor",
+        methods=lambda name: name in (*BY_FORWARDS, "xrai", "full_grad", "guided_grad_cam", "integrated_hessians"),
+        cases=lambda case: not is_one_tensor(case),
+        who="`score_cam`, `ss_cam`, `is_cam`, `xrai`, `full_grad`, `guided_grad_cam`, `integrated_hessians`",
+        on="several inputs",
+    ),
+    Exempt(
+        "call",
+        "there are no positions to blur, to rank or to map",
+        (ValueError, TypeError),
+        "`x` must|`segments` must",
+        methods=lambda name: name in ("blur_integrated_gradients", "full_grad"),
+        cases=lambda case: not case.integer and not has_sides(case),
+        who="`blur_integrated_gradients`, `full_grad`",
+        on="inputs without spatial axes",
+    ),
+    Exempt(
+        "call",
+        "segments are of images",
+        ValueError,
+        "`segments` must",
+        methods=lambda name: name == "xrai",
+        cases=lambda case: is_one_tensor(case) and case.x.shape[2:] != (6, 6),
+        who="`xrai`",
+        on="inputs that are no images",
+    ),
+    Exempt(
+        "call",
+        "there is no path from one integer to another; `integrated_gradients` with `layer` has one at the embedding",
+        TypeError,
+        "`x` holds no floating-point tensor",
+        methods=lambda name: name in ON_A_PATH_OF_INPUTS,
+        cases=lambda case: case.integer,
+        who="`conductance`, `internal_influence`, `neuron_conductance`",
+        on="inputs that are integers alone",
+    ),
+    Exempt(
+        "call",
+        "words are vectors of one embedding",
+        ValueError,
+        "`words` must be",
+        methods=lambda name: name == "discretised_integrated_gradients",
+        cases=lambda case: case.name in ("two inputs", "keyword inputs"),
+        who="`discretised_integrated_gradients`",
+        on="several floating-point inputs",
+    ),
+    Exempt(
+        "call",
+        "the class's weights are those of a linear layer that reads the layer's channels",
+        ValueError,
+        "`head` |`layer` must have spatial axes",
+        methods=lambda name: name == "cam",
+        cases=lambda case: not ends_in_cam(case) or case.name in WITHOUT_POSITIONS or case.name not in CLASSIFIES,
+        who="`cam`",
+        on="networks that do not end in pooling and one linear layer",
+    ),
+    Exempt(
+        "call",
+        "it compares classes",
+        ValueError,
+        "`others` must",
+        methods=lambda name: name == "finer_cam",
+        cases=lambda case: case.name not in CLASSIFIES,
+        who="`finer_cam`",
+        on="outputs that are not `[batch class]`",
+    ),
     Exempt(
         "call",
         "a map needs positions: the layer's activation is `[batch channel]`",
         ValueError,
         "`layer` must have spatial axes",
-        methods=lambda name: name in ("grad_cam", "linear_approx"),
+        methods=lambda name: name in (*OF_A_LAYER, "guided_grad_cam"),
         cases=lambda case: case.name in WITHOUT_POSITIONS,
-        who="`grad_cam`, `linear_approx`",
+        who="`grad_cam` and its kin",
         on="layers without spatial axes or tokens",
     ),
     Exempt(
@@ -111,9 +285,9 @@ EXCEPTIONS: list[Exempt] = [
         "a map is of one input: name a `layer`, or use `gradient`",
         TypeError,
         "`x` holds several",
-        methods=lambda name: name == "saliency",
+        methods=lambda name: name in ("saliency", *MASKED),
         cases=lambda case: case.name in ("two inputs", "keyword inputs"),
-        who="`saliency` at the input",
+        who="`saliency` and methods that lay masks over the input",
         on="several floating-point inputs",
     ),
     Exempt(
@@ -172,15 +346,22 @@ CORE = [
 ]
 
 
+SHORT = ["residual", "attention", "tokens"]  # for what is a formula over mechanisms that have the whole of CORE
+DERIVED = {*OF_A_LAYER, *ON_A_PATH_OF_INPUTS, "cam", "guided_grad_cam", "blur_integrated_gradients", "xrai"} | {
+    *("discretised_integrated_gradients", "integrated_hessians", "expected_gradients", "idgi")
+} - {"grad_cam"}
+
+
 def law(name: str) -> Law:
     return LAWS.get(name, Law())
 
 
 def exempt(name: str, case: Case, transform: str) -> Exempt | None:
     """The entry that takes this call out of the law, if there is one."""
-    for entry in EXCEPTIONS:
-        if entry.transform in (transform, "call") and entry.methods(name) and entry.cases(case) and entry.since():
-            return entry
+    for about in (transform, "call"):  # a transform fails before the call is over
+        for entry in EXCEPTIONS:
+            if entry.transform == about and entry.methods(name) and entry.cases(case) and entry.since():
+                return entry
     return None
 
 
@@ -188,9 +369,17 @@ def options(name: str, case: Case) -> dict[str, Any]:
     """The keyword arguments of a small call of this method on this model."""
     layer = inspect.signature(METHODS[name]).parameters.get("layer")
     chosen = {**law(name).options, **case.options}
+    if layer is not None or not case.integer or name in FUSED:
+        chosen |= law(name).suited(case)
     if layer is not None and (case.integer or layer.default is inspect.Parameter.empty):
         chosen["layer"] = case.layers[0]
     return chosen
+
+
+def points(name: str, case: Case) -> int:
+    """How many times one call runs the model."""
+    count = law(name).points
+    return count if isinstance(count, int) else count(case)
 
 
 def flat(result: Any) -> tuple[Tensor, ...]:
@@ -226,7 +415,7 @@ def pairs(transform: str = "call") -> list[Any]:
     import pytest
 
     def marks(name: str, case: Case) -> list[Any]:
-        quick = law(name).basis or case.name in CORE
+        quick = law(name).basis or case.name in (SHORT if name in DERIVED else CORE)
         return [] if quick else [pytest.mark.slow]
 
     return [
