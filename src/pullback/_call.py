@@ -24,7 +24,16 @@ from pullback._ops import Table, compiling, swapped
 from pullback._probe import described, known, probe, remember, shapes
 from pullback._shell import Params, Shell, is_scripted, named_layers
 from pullback._taps import Layer, Seen, Site, around, attach
-from pullback._targets import check_indices, check_range, functorch, measuring, note_forward, readable, shared_pull
+from pullback._targets import (
+    check_indices,
+    check_range,
+    functorch,
+    head_input,
+    measuring,
+    note_forward,
+    readable,
+    shared_pull,
+)
 
 Model: TypeAlias = "nn.Module | Callable[[Any, Any], Any]"
 Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
@@ -210,11 +219,12 @@ def run(
             result = model(params, x)
     else:
         result = _run_module(params, model, x, mode, sites, edit, seen or {})
-    note_forward(mode)
     _report(mode, strict)
     if isinstance(output, Layer):
         return select(_only_call(read, Site.parse(output.name, output.at)), None)
-    return select(result, output)
+    y = select(result, output)
+    note_forward(mode, y)
+    return y
 
 
 def _reading(
@@ -427,12 +437,15 @@ def pullback(
             "`x` holds no floating-point tensor to explain. Name a `layer`, such as the embedding, or cast `x`."
         )
 
-    def forward(*tensors: Tensor) -> Tensor:
-        return run(params, model, leaves.rebuild(tensors, lambda v: v), output=output, table=table, strict=strict)
+    def forward(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[()]]:
+        y = run(params, model, leaves.rebuild(tensors, lambda v: v), output=output, table=table, strict=strict)
+        return (y, *head_input()), ()
 
     tensors = leaves.tensors if given is None else tuple(given)
-    y, back, _ = linearised(lambda *tensors: (forward(*tensors), ()), tensors, _is_plain(params, leaves, tensors))
-    return Pulled(y, tensors, shared_pull(back), lambda tensors: leaves.rebuild(tensors, lambda v: None))
+    outputs, back, _ = linearised(forward, tensors, _is_plain(params, leaves, tensors))
+    return Pulled(
+        outputs[0], tensors, shared_pull(back, outputs), lambda tensors: leaves.rebuild(tensors, lambda v: None)
+    )
 
 
 def _is_plain(params: Params, leaves: Leaves, primals: Sequence[Tensor]) -> bool:
@@ -448,9 +461,9 @@ def _is_plain(params: Params, leaves: Leaves, primals: Sequence[Tensor]) -> bool
 
 
 def linearised(
-    function: Callable[..., tuple[Tensor, tuple[Tensor, ...]]], primals: Sequence[Tensor], plain: bool
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Give output, pull and auxiliary tensors: `torch.func.vjp`, or `torch.autograd` where no transform is at work.
+    function: Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]], primals: Sequence[Tensor], plain: bool
+) -> tuple[tuple[Tensor, ...], Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """Give outputs, pull and auxiliary tensors: `torch.func.vjp`, or `torch.autograd` where no transform is at work.
 
     They give the same; a call of torch.func costs some 10 microseconds an operation more.
     """
@@ -458,18 +471,24 @@ def linearised(
         return vjp(function, *primals, has_aux=True)  # pyright: ignore[reportReturnType]
     leaves = [(p.clone() if p.is_inference() else p.detach()).requires_grad_() for p in primals]
     with torch.enable_grad():
-        output, auxiliary = function(*leaves)
+        outputs, auxiliary = function(*leaves)
+    reached = [i for i, output in enumerate(outputs) if output.requires_grad]
 
-    def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
-        if not output.requires_grad:  # nothing on the way to the output depends on the primals
+    def pull(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not reached:  # nothing on the way to the output depends on the primals
             return tuple(torch.zeros_like(p) for p in leaves)
-        keep = torch.is_grad_enabled() and cotangent.requires_grad
+        keep = torch.is_grad_enabled() and any(c.requires_grad for c in cotangents)
         gradients = torch.autograd.grad(
-            output, leaves, cotangent, retain_graph=True, create_graph=keep, allow_unused=True
+            [outputs[i] for i in reached],
+            leaves,
+            [cotangents[i] for i in reached],
+            retain_graph=True,
+            create_graph=keep,
+            allow_unused=True,
         )
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, leaves, strict=True))
 
-    return output.detach(), pull, tuple(a.detach() for a in auxiliary)
+    return tuple(output.detach() for output in outputs), pull, tuple(a.detach() for a in auxiliary)
 
 
 class _Surprise(Exception):
@@ -517,7 +536,7 @@ def _pullback_to_seen(
     # a zero takes no memory until something is added to it
     zeros = [torch.zeros((), dtype=seen[i].dtype, device=device).expand(seen[i].shape) for i in chosen]
 
-    def forward(*deltas: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(*deltas: Tensor) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
         activations: dict[int, Tensor] = {}
 
         def edit(site: Site, call: int, activation: Tensor) -> Tensor:
@@ -541,14 +560,14 @@ def _pullback_to_seen(
         )
         if len(activations) != len(chosen):
             raise _Surprise
-        return y, tuple(activations[call] for call in chosen)
+        return (y,), tuple(activations[call] for call in chosen)
 
-    y, back, activations = linearised(forward, zeros, _is_plain(params, Leaves(x), (*zeros, *(given or ()))))
+    (y,), back, activations = linearised(forward, zeros, _is_plain(params, Leaves(x), (*zeros, *(given or ()))))
 
-    def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.to(a.dtype) for g, a in zip(back(cotangent), activations, strict=True))
+    def pull(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(g.to(a.dtype) for g, a in zip(back(cotangents), activations, strict=True))
 
-    return Pulled(y, activations, shared_pull(pull), lambda tensors: _sum_calls(tensors, site))
+    return Pulled(y, activations, shared_pull(pull, (y,)), lambda tensors: _sum_calls(tensors, site))
 
 
 def _sum_calls(tensors: Sequence[Tensor], site: Site) -> Tensor:
@@ -650,7 +669,8 @@ def score(output: Tensor, target: Target) -> Tensor:
         return _checked_scores(scores, output, given=False)
     target = _as_tensor(target, output)
     if target.is_floating_point() or target.is_complex():
-        return (target.to(output.dtype) * output).flatten(1).sum(1)
+        weighted = target.to(output.dtype) * output
+        return weighted.flatten(1).sum(1) if weighted.ndim > 1 else weighted
     hot = _one_hot(target, output)
     return torch.where(hot == 0, torch.zeros_like(output), hot * output).flatten(1).sum(1)
 

@@ -178,6 +178,7 @@ class swapped(TorchFunctionMode):
         self.memo: dict[str, Any] = {}  # what the rules keep for the length of this run
         self.measures = False  # keep account of what operations put out
         self.largest = self.total = 0
+        self.linear: tuple[Tensor, Tensor, Tensor] | None = None  # input, weight and output of the last linear map
 
     def tell(self, what: str) -> None:
         self.told.setdefault(what, {})[self.layers[-1] if self.layers else ""] = None
@@ -207,6 +208,8 @@ class swapped(TorchFunctionMode):
         if self.measures and isinstance(result, Tensor):
             size = result.numel() * result.element_size()
             self.largest, self.total = max(self.largest, size), self.total + size
+            if func is F.linear and len(args) > 1:
+                self.linear = (args[0], args[1], result)
         return result
 
     def _spelling(self, func: Operation) -> Spelling | None:
@@ -229,7 +232,7 @@ class swapped(TorchFunctionMode):
         pure = {k: v for k, v in kwargs.items() if k not in ("inplace", "_stacklevel")}
         if getattr(rule, "wants_memo", False):
             pure["memo"] = self.memo
-        first = args[0] if args else kwargs.get("input")
+        first: Any = args[0] if args else kwargs.get("input")
         if in_place and not getattr(rule, "forgets_input", False):  # what the rule saves must outlive the write
             args, pure = ((first.clone(), *args[1:]), pure) if args else (args, {**pure, "input": first.clone()})
         result = rule(operation, *args, **pure)

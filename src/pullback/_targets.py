@@ -17,6 +17,7 @@ from pullback._ops import compiling, swapped
 
 functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 Pull = Callable[[Tensor], tuple[Tensor, ...]]
+Back = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -28,6 +29,7 @@ class _Many:
     level: int = 0
     largest: int = 0  # bytes that the largest operation of the forward put out
     total: int = 0  # bytes that all of them put out
+    head: tuple[Tensor, Tensor] | None = None  # input and weight of a linear map that gives the output
 
 
 _local = threading.local()
@@ -122,40 +124,86 @@ def check_indices(classes: int) -> None:
         check_range(running.targets, classes)
 
 
-def note_forward(mode: swapped) -> None:
+def measuring() -> bool:
+    return _running() is not None
+
+
+def note_forward(mode: swapped, output: Tensor) -> None:
+    """Keep what a forward tells of the size of its pulls, and its head, where that is a linear map."""
     running = _running()
     if running is not None:
         running.largest, running.total = max(running.largest, mode.largest), max(running.total, mode.total)
+        is_head = mode.table is None and mode.linear is not None and mode.linear[2] is output
+        running.head = mode.linear[:2] if is_head and mode.linear is not None else None
 
 
-def measuring() -> bool:
+def head_input() -> tuple[Tensor, ...]:
+    """Give the input of the linear head of the forward that was just run, where pulling from there may be cheaper."""
     running = _running()
-    return running is not None and running.chunk_size == "auto"
+    if running is None or running.head is None:
+        return ()
+    hidden, _ = running.head
+    return (hidden,) if hidden.ndim == 2 and len(running.targets) > hidden.shape[1] else ()
 
 
-def shared_pull(pull: Pull) -> Pull:
-    """Pull the targets that are run together in chunks, through the one forward."""
+def shared_pull(back: Back, outputs: tuple[Tensor, ...]) -> Pull:
+    """Make the pull of a forward's output; the targets that are run together go in chunks through the one forward.
+
+    `back` takes a cotangent for each of `outputs`: the output and, where there are more targets than the head is wide,
+    the head's input. The pull is linear: one for each unit of that input, and a combination of them, serve all targets.
+    """
+    zeros = tuple(torch.zeros_like(output) for output in outputs)
+
+    def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
+        return back((cotangent, *zeros[1:]))
+
     running = _running()
     if running is None:
         return pull
+    weight = running.head[1] if len(outputs) > 1 and running.head is not None else None
+    hidden: Any = outputs[-1]
 
     def chunked(cotangent: Tensor) -> tuple[Tensor, ...]:
-        level = running.level
-        at_level = functorch.is_batchedtensor(cotangent) and functorch.maybe_get_level(cotangent) == level
-        if not at_level or functorch.maybe_current_level() != level:
+        level, count = running.level, len(running.targets)
+        one_forward = not any(_is_mapped(output, level) for output in outputs)  # an adaptive method's has one a target
+        if not (one_forward and _is_mapped(cotangent, level)) or functorch.maybe_current_level() != level:
             return pull(cotangent)
-        count = len(running.targets)
         size = _chunk_size(running)
-        if size >= count:
+        if size >= count and weight is None:
             return pull(cotangent)
         whole = functorch._remove_batch_dim(cotangent, level, count, 0)
-        parts = [
-            each(lambda g: g.unsqueeze(0), pull(part[0])) if len(part) == 1 else torch.vmap(pull)(part)
-            for part in whole.split(size)
-        ]
-        return tuple(functorch._add_batch_dim(torch.cat(gradients), 0, level) for gradients in zip(*parts, strict=True))
+        if weight is None:
+            gradients = _in_chunks(pull, whole, size)
+        else:
+            units = torch.eye(weight.shape[1], dtype=hidden.dtype, device=weight.device)
+            units = units.unsqueeze(1).expand(-1, *hidden.shape)
+            basis = _in_chunks(lambda unit: back((zeros[0], unit)), units, size)
+            shares = whole @ weight.to(whole.dtype)
+            gradients = [torch.einsum("kbj,jbx->kbx", shares, g.flatten(2)).unflatten(2, g.shape[2:]) for g in basis]
+        return tuple(functorch._add_batch_dim(g, 0, level) for g in gradients)
 
     return chunked
+
+
+def _is_mapped(tensor: Tensor, level: int) -> bool:
+    return functorch.is_batchedtensor(tensor) and functorch.maybe_get_level(tensor) == level
+
+
+def _in_chunks(pull: Pull, cotangents: Tensor, size: int) -> list[Tensor]:
+    """Pull ``[target ...]`` cotangents, `size` at a time."""
+    count = len(cotangents)
+    gradients: list[Tensor] = []
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, count, size):
+        chunk = cotangents[start : start + size]
+        part = each(lambda g: g.unsqueeze(0), pull(chunk[0])) if len(chunk) == 1 else torch.vmap(pull)(chunk)
+        if any(functorch.is_functorch_wrapped_tensor(g) or g.requires_grad for g in part):
+            parts.append(part)  # somebody differentiates the result: nothing is written in place
+            continue
+        gradients = gradients or [g.new_empty(count, *g.shape[1:]) for g in part]
+        for whole, g in zip(gradients, part, strict=True):
+            whole[start : start + size] = g
+    return gradients or [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _chunk_size(running: _Many) -> int:
