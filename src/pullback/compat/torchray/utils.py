@@ -239,17 +239,14 @@ def resample(source: Tensor, target_size: Sequence[int], transform: Any) -> Tens
     Returns:
         ``[batch channel *target_size]``, interpolated linearly, 0 outside of the source.
     """
-    transform = torch.as_tensor(transform, dtype=source.dtype, device=source.device)
-    transform = transform.expand(source.shape[0], 2, 2)
-    places = []
-    for axis, count, extent in ((0, target_size[1], source.shape[3]), (1, target_size[0], source.shape[2])):
-        centres = torch.arange(count, dtype=source.dtype, device=source.device) + 0.5
-        at = (centres - transform[:, axis, 1:]) / transform[:, axis, :1]  # [batch count], in pixels of the source
-        places.append(at * (2 / extent) - 1)
-    u, v = places
-    shape = (source.shape[0], target_size[0], target_size[1])
-    grid = torch.stack((u[:, None, :].expand(shape), v[:, :, None].expand(shape)), -1)
-    return F.grid_sample(source, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    transform = torch.as_tensor(transform, dtype=source.dtype, device=source.device).expand(len(source), 2, 2)
+    weights = []
+    for axis, (count, extent) in enumerate(zip((target_size[1], target_size[0]), source.shape[:1:-1], strict=True)):
+        target, known = (torch.arange(n, dtype=source.dtype, device=source.device) for n in (count, extent))
+        place = (target + 0.5 - transform[:, axis, 1:]) / transform[:, axis, :1] - 0.5  # [batch count], in the source
+        weights.append((1 - (place[:, :, None] - known).abs()).clamp(min=0))
+    across, down = weights
+    return torch.matmul(torch.matmul(down[:, None], source), across[:, None].mT)
 
 
 def imsmooth(
