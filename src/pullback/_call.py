@@ -698,7 +698,8 @@ def _as_tensor(target: Any, output: Tensor) -> Tensor:
                 "`target` must be an index, one index per example, a cotangent shaped like the output, a function of "
                 f"the output, or None, got {type(target).__name__}."
             ) from error
-    target = target.to(output.device)
+    if target.device != output.device:  # under a transform, `to` gives a tensor whose values cannot be read
+        target = target.to(output.device)
     if target.is_floating_point() or target.is_complex():
         if target.shape != output.shape:
             raise ValueError(
