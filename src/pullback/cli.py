@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from inspect import Parameter
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
 
@@ -106,10 +107,19 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def method_options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The options of a method that can be given on the command line."""
+def method_options(function: Callable[..., Any], inner: Callable[..., Any] | None = None) -> dict[str, Parameter]:
+    """The options of a method that can be given on the command line.
+
+    A method over another one (`inner`, or its own choice) passes the options on that it has not itself.
+    """
     parameters = list(inspect.signature(function).parameters.values())[4:]
-    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "return_info"}
+    own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "return_info"}
+    if "method" in own and any(p.kind is p.VAR_KEYWORD for p in parameters):
+        passed = method_options(inner or own["method"].default)
+        if "layers" in own:  # each of them is the layer of the inner method once
+            passed.pop("layer", None)
+        own = passed | own
+    return own
 
 
 def chosen_methods(text: str, settings: Iterable[str], layer: str) -> dict[str, dict[str, Any]]:
@@ -121,34 +131,50 @@ def chosen_methods(text: str, settings: Iterable[str], layer: str) -> dict[str, 
             raise Problem(unknown("method", name, known) + "; `pullback methods` lists them all")
     if not names:
         raise Problem("no method: name some with --method, `pullback methods` lists them")
-    chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
-    accepted = {name: method_options(known[name]) for name in names}
-    for name in names:
-        if "layer" in accepted[name] and (layer != "auto" or is_required(accepted[name]["layer"])):
-            chosen[name]["layer"] = layer
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        owner, dot, option = key.strip().rpartition(".")
-        if not equals:
-            raise Problem(f"--option {setting!r} must be KEY=VALUE or METHOD.KEY=VALUE, such as steps=20")
-        if dot and owner not in chosen:
-            raise Problem(unknown("chosen method", owner, chosen))
-        takers = [name for name in ([owner] if dot else names) if option in accepted[name]]
-        if not takers:
-            options = {o for name in ([owner] if dot else names) for o in accepted[name]}
-            raise Problem(unknown("option", option, options) + f"; there are: {', '.join(sorted(options))}")
-        for name in takers:
-            chosen[name][option] = value.strip() if option == "layer" else _literal(value.strip())
-    for name in names:
-        for option, parameter in accepted[name].items():
-            if is_required(parameter) and option not in chosen[name]:
-                raise Problem(f"{name} needs --option {name}.{option}=VALUE")
-        if "chunk_size" in accepted[name]:
-            chosen[name].setdefault("chunk_size", POINTS_AT_ONCE)
+    given = [_setting(setting) for setting in settings]
+    for owner, _, _ in given:
+        if owner and owner not in names:
+            raise Problem(unknown("chosen method", owner, names))
+    chosen = {name: _options(name, [(o, v) for owner, o, v in given if owner in ("", name)], layer) for name in names}
+    for owner, option, _ in given:
+        takers = [owner] if owner else names
+        if not any(option in chosen[name] for name in takers):
+            accepted = sorted({option for name in takers for option in method_options(known[name])})
+            raise Problem(unknown("option", option, accepted) + f"; there are: {', '.join(accepted)}")
     return chosen
 
 
-def is_required(parameter: inspect.Parameter) -> bool:
+def _setting(text: str) -> tuple[str, str, str]:
+    """Method or nothing, option and value of ``METHOD.KEY=VALUE``."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise Problem(f"--option {text!r} must be KEY=VALUE or METHOD.KEY=VALUE, such as steps=20")
+    owner, _, option = key.strip().rpartition(".")
+    return owner.replace("-", "_"), option, value.strip()
+
+
+def _options(name: str, given: Sequence[tuple[str, str]], layer: str) -> dict[str, Any]:
+    """What a method is called with, of the options that are given for it or for all."""
+    known = public_methods()
+    own = method_options(known[name])
+    inner = next((known[value] for option, value in given if option == "method" and value in known), None)
+    accepted = method_options(known[name], inner) if "method" in own else own
+    options: dict[str, Any] = {}
+    if "layer" in accepted and (layer != "auto" or is_required(accepted["layer"])):
+        options["layer"] = layer
+    if "chunk_size" in accepted and accepted["chunk_size"].default is None:
+        options["chunk_size"] = POINTS_AT_ONCE
+    for option, value in given:
+        if option in accepted:
+            takes_method = callable(accepted[option].default) and value in known
+            options[option] = known[value] if takes_method else value if option == "layer" else _literal(value)
+    for option, parameter in accepted.items():
+        if is_required(parameter) and option not in options:
+            raise Problem(f"{name} needs --option {name}.{option}=VALUE")
+    return options
+
+
+def is_required(parameter: Parameter) -> bool:
     return parameter.default is parameter.empty
 
 
@@ -301,7 +327,7 @@ class Task:
             "weights": self.network.weights,
             "preprocessing": asdict(self.network.preprocessing),
             "device": str(self.device),
-            "methods": {name: {k: str(v) if isinstance(v, Tensor) else v for k, v in options.items()}
+            "methods": {name: {option: getattr(value, "__name__", value) for option, value in options.items()}
                         for name, options in self.methods.items()},
             "targets": list(targets),
             "classes": [self.label(i) for i in targets],
