@@ -246,7 +246,7 @@ class _TracedCarry(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         x: Tensor, still: Tensor, weight: Tensor, scale: Tensor, moved: Tensor | None, settings: tuple[Any, ...]
     ) -> Tensor:
-        return scale.new_zeros(()).expand(scale.shape)
+        return torch.zeros_like(scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -256,8 +256,9 @@ class _TracedCarry(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         still, weight, scale, moved = ctx.saved_tensors
-        back = _transposed(cotangent * scale, still, weight, ctx.settings)
-        back = back if moved is None else back * moved
+        dtype = torch.promote_types(weight.dtype, cotangent.dtype)  # autocast may have left them apart
+        back = _transposed((cotangent * scale).to(dtype), still.to(dtype), weight.to(dtype), ctx.settings)
+        back = (back if moved is None else back * moved).to(still.dtype)
         return back, -back, None, None, None, None
 
 
@@ -286,7 +287,7 @@ def _transposed(g: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...])
 def carried(map: LinearMap, weight: Tensor, scale: Tensor, moved: Tensor | None) -> Tensor:
     """Give the zero ``scale * map(moved * (input - still(input)), weight)``."""
     x, x_ = map.input, still(map.input)
-    if map.settings is not None and not torch.is_autocast_enabled():
+    if map.settings is not None:
         return (_TracedCarry if compiling() else _Carry).apply(x, x_, weight, scale, moved, map.settings)  # pyright: ignore[reportReturnType]
     step = x - x_ if moved is None else moved * (x - x_)
     return scale * map.apply(step, weight)

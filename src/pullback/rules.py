@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pullback import relu
+from pullback import _native, relu
 from pullback._levels import own_elsewhere
 from pullback._ops import ACTIVATIONS, Operation, Rule, Table, activations, operation_of
 from pullback._relevance import (
@@ -109,10 +109,16 @@ def propagated(slope: Callable[..., Tensor]) -> Rule:
 
     def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = still(input)
-        y = operation(x, *args, **kwargs)
+        y = _value(operation, x, *args, **kwargs)
         return y + slope(y, x) * (input - x)
 
     return rule
+
+
+def _value(operation: Operation, *args: Any, **kwargs: Any) -> Any:
+    """Run an operation, in the form that can be differentiated by all that it takes."""
+    form = _native.FORMS.get(operation)
+    return operation(*args, **kwargs) if form is None else form(None, operation, *args, **kwargs)
 
 
 def passing() -> Rule:
@@ -131,8 +137,10 @@ def detached_statistics() -> Rule:
 
     def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = still(input)
-        y, step = operation(x, *args, **kwargs), input - x
+        y, step = _value(operation, x, *args, **kwargs), input - x
         name = operation.__name__
+        if name == "batch_norm":  # with the statistics of the batch: no example is on its own
+            return NotImplemented
         if name == "group_norm":
             groups = args[0] if args else kwargs["num_groups"]
             weight, _, eps = arguments(args[1:], kwargs, ("weight", None), ("bias", None), ("eps", 1e-5))
@@ -141,12 +149,10 @@ def detached_statistics() -> Rule:
             moved = moved.reshape_as(step)
             weight = None if weight is None else weight.reshape(1, -1, *[1] * (x.ndim - 2))
         elif name == "instance_norm":
-            _, _, weight, _, batch, _, eps = arguments(
+            _, _, weight, _, _, _, eps = arguments(
                 args, kwargs, ("running_mean", None), ("running_var", None), ("weight", None), ("bias", None),
                 ("use_input_stats", True), ("momentum", 0.1), ("eps", 1e-5),
             )  # fmt: skip
-            if not batch:
-                return NotImplemented
             axes = tuple(range(2, x.ndim))
             moved = (step - step.mean(axes, keepdim=True)) * _inverse_spread(x, axes, eps)
             weight = None if weight is None else weight.reshape(1, -1, *[1] * (x.ndim - 2))
@@ -212,14 +218,20 @@ def _some(function: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor |
 def excitation(plain: bool = False) -> Rule:
     r"""Give the rule of excitation backprop, :math:`R_i = x_i \sum_j \frac{w_{ji}^+}{\sum_k w_{jk}^+ x_k} R_j`.
 
-    Inputs are taken to be at least 0, as rectified activations are.
+    For inputs of at least 0, as rectified activations are. Where they are negative, a negative weight excites as well,
+    and relevance stays a probability. `plain`: as TorchRay has it, for a cotangent that is relevance; inputs are taken
+    to be at least 0, whatever they are.
 
     Reference:
         Zhang, Lin, Brandt, Shen & Sclaroff, Top-down Neural Attention by Excitation Backprop, 2016, eq. 5.
     """
-    return LinearRule(
-        "excitation", lambda x, w, b, y: [Share(1.0, [(None, _positive(w))], None)], 1e-20, False, False, plain
-    )
+
+    def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
+        if plain:
+            return [Share(1.0, [(None, _positive(w))], None)]
+        return [Share(1.0, [(_positive(x), _positive(w)), (_negative(x), _negative(w))], None)]
+
+    return LinearRule("excitation", shares, 1e-20, signed=False, plain=plain)
 
 
 def epsilon(epsilon: float = 1e-6, bias: bool = True) -> Rule:
@@ -401,9 +413,11 @@ def merged() -> Rule:
     """
 
     def rule(operation: Operation, input: Tensor, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
-        affine = _affine(input, *args, **kwargs)
+        # instance norm has another name for it
+        renamed = {"training" if name == "use_input_stats" else name: value for name, value in kwargs.items()}
+        affine = _affine(input, *args, **renamed)
         if affine is None:
-            return NotImplemented
+            return detached_statistics()(operation, input, *args, **kwargs)
         scale, shift = affine
         found = recall(memo, "origins", input)
         if found is None or not _runs_along(found[1], input):
@@ -483,7 +497,7 @@ def composed(linear: Rule, convolution: Rule | None = None, *, zeros: bool = Fal
     table |= dict.fromkeys((*PRODUCTS, *SUMMED_PRODUCTS, F.linear), linear)
     table |= dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), convolution or linear)
     table |= dict.fromkeys((torch.rsqrt, torch.var, torch.std), constant())
-    table |= {F.batch_norm: merged(), F.glu: gated(), torch.mul: product(), torch.div: quotient()}
+    table |= {F.batch_norm: merged(), F.instance_norm: merged(), F.glu: gated(), torch.mul: product(), torch.div: quotient()}
     table |= {torch.softmax: derivative()}
     if not zeros:
         for rectifier in (torch.relu, torch.abs):
@@ -492,9 +506,11 @@ def composed(linear: Rule, convolution: Rule | None = None, *, zeros: bool = Fal
 
 
 def excitation_table() -> dict[Any, Rule]:
-    """Give the table of excitation backprop: batch norm and activations pass relevance on."""
+    """Give the table of excitation backprop: norms and activations hand relevance on, attention weights are constants."""
     table: dict[Any, Rule] = dict.fromkeys((*_ELEMENTWISE, *_NORMS, F.batch_norm), passing())
-    return table | dict.fromkeys((*LINEAR, *SUMMED_PRODUCTS, *PRODUCTS), excitation()) | {torch.mul: product()}
+    table |= dict.fromkeys((*LINEAR, *SUMMED_PRODUCTS, *PRODUCTS), excitation())
+    table |= dict.fromkeys((torch.rsqrt, torch.var, torch.std, torch.softmax), constant())
+    return table | {torch.mul: product(), torch.div: quotient(), F.glu: gated()}
 
 
 def excitation_torchray() -> dict[Any, Rule]:
