@@ -34,6 +34,7 @@ class Law:
         options: Keyword arguments that keep a call small.
         points: How many times one call runs the model, for any number of targets.
         reads: How many times more, to read a layer.
+        adaptive: How many of these follow from the target, so that each target has its own.
         rules: Changes the backward of rectifiers, and must tell of activations that it does not cover.
         basis: Stands for a mechanism of its own: `make test` tries it on every model, not on the core alone.
         suited: More keyword arguments, made for the model.
@@ -42,6 +43,7 @@ class Law:
     options: Mapping[str, Any] = field(default_factory=dict)
     points: int | Callable[[Case], int] = 1
     reads: int = 0
+    adaptive: int = 0
     rules: bool = False
     basis: bool = False
     suited: Callable[[Case], Mapping[str, Any]] = lambda case: {}
@@ -60,7 +62,8 @@ def three_features(case: Case) -> dict[str, Any]:
 
 
 def other_examples(case: Case) -> dict[str, Any]:
-    return {"background": pytree.tree_map(lambda part: part.flip(0) + 1, case.x), **three_features(case)}
+    several = pytree.tree_map(lambda part: torch.cat([part + k for k in range(4)]), case.x)
+    return {"background": several, **three_features(case)}
 
 
 LAWS: dict[str, Law] = {
@@ -75,9 +78,13 @@ LAWS: dict[str, Law] = {
     "sobol_attribution": Law(options={"samples": 3, "cells": 1}, points=9),
     "hsic_attribution": Law(options={"samples": 5, "cells": 2}, points=5),
     "extremal_perturbation": Law(
-        options={"iterations": 2, "step": 2, "sigma": 2.0, "levels": 3, "max_blur": 1.0, "areas": 0.3}, points=2
+        options={"iterations": 2, "step": 2, "sigma": 2.0, "levels": 3, "max_blur": 1.0, "areas": 0.3},
+        points=2,
+        adaptive=1,
     ),
-    "meaningful_perturbation": Law(options={"iterations": 3, "cells": 3, "jitter": 3}, points=3),
+    "meaningful_perturbation": Law(
+        options={"iterations": 3, "cells": 3, "jitter": 3, "baseline": 0.0}, points=3, adaptive=2
+    ),
     "feature_ablation": Law(suited=three_features, points=4),
     "feature_permutation": Law(options={"samples": 2}, suited=other_examples, points=7),
     "shapley_values": Law(suited=three_features, points=8),
@@ -108,8 +115,8 @@ LAWS |= {
     "expected_gradients": Law({"samples": 2, "noise": 0.1}, points=2, suited=lambda case: {"baselines": case.x}),
     "blur_integrated_gradients": Law({"steps": 2, "sigma": 0.3}, points=2),
     "idgi": Law({"steps": 3}, points=4),
-    "guided_integrated_gradients": Law({"steps": 3}, points=3),
-    "discretised_integrated_gradients": Law({"steps": 3, "neighbours": 4}, points=4, suited=some_words),
+    "guided_integrated_gradients": Law({"steps": 3}, points=3, adaptive=2),
+    "discretised_integrated_gradients": Law({"steps": 3, "neighbours": 4}, points=4, reads=1, suited=some_words),
     "integrated_hessians": Law({"steps": 2}, points=4),
     "internal_influence": Law({"steps": 2}, points=2),
     "conductance": Law({"steps": 2}, points=4),
@@ -199,6 +206,8 @@ def ends_in_cam(case: Case) -> bool:
 CURVED_AFTER: set[str] = set()
 CLASSIFIES = {case.name for case in CASES if case.targets and case.call(case.twin(), case.x).ndim == 2}
 
+GROUPED = "feature_ablation feature_permutation shapley_values shapley_sampling kernel_shap lime".split()
+
 EXCEPTIONS: list[Exempt] = [
     Exempt(
         "call",
@@ -238,6 +247,16 @@ EXCEPTIONS: list[Exempt] = [
         methods=lambda name: name in ON_A_PATH_OF_INPUTS,
         cases=lambda case: case.integer,
         who="`conductance`, `internal_influence`, `neuron_conductance`",
+        on="inputs that are integers alone",
+    ),
+    Exempt(
+        "call",
+        "there is nothing to add noise to",
+        TypeError,
+        "`x` holds no floating-point tensor",
+        methods=lambda name: name == "smooth_grad_cam_plus_plus",
+        cases=lambda case: case.integer,
+        who="`smooth_grad_cam_plus_plus`",
         on="inputs that are integers alone",
     ),
     Exempt(
@@ -310,6 +329,15 @@ EXCEPTIONS: list[Exempt] = [
         always=False,
     ),
     Exempt(
+        "compile",
+        "how many groups there are is read from `features`; without them it compiles",
+        torch._dynamo.exc.TorchDynamoException,
+        "data-dependent",
+        methods=lambda name: name in GROUPED,
+        who="methods over features",
+        on="groups of features",
+    ),
+    Exempt(
         "params",
         "`vmap` cannot write a batched tensor into one that is not",
         RuntimeError,
@@ -369,7 +397,7 @@ def options(name: str, case: Case) -> dict[str, Any]:
     """The keyword arguments of a small call of this method on this model."""
     layer = inspect.signature(METHODS[name]).parameters.get("layer")
     chosen = {**law(name).options, **case.options}
-    if layer is not None or not case.integer or name in FUSED:
+    if layer is not None or not case.integer or name in (*FUSED, "expected_gradients"):
         chosen |= law(name).suited(case)
     if layer is not None and (case.integer or layer.default is inspect.Parameter.empty):
         chosen["layer"] = case.layers[0]

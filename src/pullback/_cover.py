@@ -43,7 +43,10 @@ class Scene:
         strict: bool = False,
         squash: Squash = None,
     ) -> None:
-        self.params, self.model, self.x, self.target = params, model, x, target
+        self.params, self.model, self.x = params, model, x
+        # made a tensor before any transform of the method's own: its range can then be checked
+        self.target: Target = torch.as_tensor(target) if type(target) in (int, list) else target
+        self._targets: dict[int, Target] = {}
         self.output, self.strict, self.squash = output, strict, squash
         self.leaves = Leaves(x)
         self.batch = self.leaves.batch
@@ -120,7 +123,10 @@ class Scene:
         raise ValueError(f"`squash` must be 'softmax', 'sigmoid', a function or None, got {self.squash!r}.")
 
     def targets(self, copies: int) -> Target:
-        return repeated(self.target, copies, self.batch)
+        """Repeat the target. Kept, so that what is repeated before a transform of the method's own can be checked."""
+        if copies not in self._targets:
+            self._targets[copies] = repeated(self.target, copies, self.batch)
+        return self._targets[copies]
 
     def scores(self, copies: int, cover: Cover) -> Tensor:
         """Give ``[copy batch]``."""

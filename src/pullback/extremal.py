@@ -64,8 +64,9 @@ def optimised_masks(
     dtype, device = areas.dtype, areas.device
     grid = drawn.smooth_grid(size, step)
     start = torch.ones(rows, 1, *grid, dtype=dtype, device=device)
-    # at the start nearly all pixels are equal: they are ranked as the plain form rounds them
-    first = drawn.plain_smooth_masks(start[:1], size, step=step, sigma=sigma).clamp(0, 1).flatten().argsort()
+    # at the start nearly all pixels are equal: they are ranked as the plain form rounds them, the same in any dtype
+    plain = drawn.plain_smooth_masks(start[:1].float(), size, step=step, sigma=sigma)
+    first = plain.clamp(0, 1).flatten().argsort()
     pixels = len(first)
     # computed with the rounding of double precision, as a caller would count pixels
     zeros = (pixels * (1 - areas.double())).floor() if device.type != "mps" else (pixels * (1 - areas)).floor()
@@ -223,6 +224,7 @@ def extremal_perturbation(
             return drawn.pyramid(canvas.lay(values), perturbation, levels=levels, max_blur=max_blur)
 
         shown = levels_of(part.covered) if at_input else None
+        targets = part.targets(2 if variant == "dual" else 1)
 
         def rewards(masks: Tensor, iteration: int) -> Tensor:
             covers = {"preserve": [masks], "delete": [1 - masks], "dual": [masks, 1 - masks]}[variant]
@@ -234,7 +236,7 @@ def extremal_perturbation(
                 return canvas.restore(covered.flip(-1) if mirrored else covered)
 
             outputs = part.outputs(len(covers), cover)
-            values = unfolded(judge(outputs, part.targets(len(covers))), len(covers))
+            values = unfolded(judge(outputs, targets), len(covers))
             return {"preserve": values[0], "delete": -values[0], "dual": values[0] - values[-1]}[variant]
 
         return optimised_masks(
@@ -343,6 +345,7 @@ def meaningful_perturbation(
         counts = axis_sizes("cells", cells, canvas.sizes, lambda n: n)
         grid = [min(count, n) for count, n in zip(counts, canvas.sizes, strict=True)]
         dtype = wide(scene.dtype)
+        part.targets(1)
 
         def terms(mask: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
             large = maps.resize(mask, canvas.sizes)

@@ -354,15 +354,16 @@ def blended(levels: Tensor, masks: Tensor) -> Tensor:
     """
     last = len(levels) - 1
     height = masks * last
-    floor = height.detach().floor().clamp(0, last)
+    floor = height.detach().floor()
     shape = torch.broadcast_shapes(levels.shape[1:], masks.shape)
     levels = levels.expand(len(levels), *shape)
 
     def at(level: Tensor) -> Tensor:
-        return torch.gather(levels, 0, level.long().expand(shape).unsqueeze(0)).squeeze(0)
+        index = level.long().clamp(0, last)  # also where a mask is NaN
+        return torch.gather(levels, 0, index.expand(shape).unsqueeze(0)).squeeze(0)
 
     below = at(floor)
-    return below + (height - floor).to(below.dtype) * (at((floor + 1).clamp(max=last)) - below)
+    return below + (height - floor).to(below.dtype) * (at(floor + 1) - below)
 
 
 def covering(x: Tensor, cover: Cover, sigma: float = 10.0) -> Tensor:

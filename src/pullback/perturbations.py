@@ -268,12 +268,13 @@ def sobol_attribution(
 
     .. math:: m_i = \frac{\tfrac{1}{2 n} \sum_s \big( f_t(A_s) - f_t(A_s^{(i)}) \big)^2}{\operatorname{Var} f_t}
 
-    the total Sobol index by Jansen's estimator: :math:`A^{(i)}` has cell i from a second draw B. The draws are a Sobol
-    sequence, shifted at random. Costs ``samples (cells + 2)`` forwards, shared by all targets under `vmap`.
+    the total Sobol index by Jansen's estimator: :math:`A^{(i)}` has cell i from a second draw B. The draws are a
+    Latin hypercube (in the paper a quasi-random sequence). Costs ``samples (cells + 2)`` forwards, shared by all targets
+    under `vmap`.
 
     Args:
         params, model, x, target, layer, at, output, strict: See `gradient`.
-        samples: Number of draws; powers of 2 are best.
+        samples: Number of draws.
         cells: Of the grid of the mask, along each axis.
         baseline: What masks blend into: see `pullback.masks.covering`. Zeros if omitted.
         seed, tokens, chunk_size, progress: See `rise`.
@@ -298,10 +299,10 @@ def sobol_attribution(
     scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
 
     def draw(count: int) -> tuple[int, Callable[[Tensor], Tensor]]:
-        points = torch.quasirandom.SobolEngine(2 * count).draw(samples).to(scene.device, wide(scene.dtype))
-        first = torch.zeros(1, dtype=torch.long, device=scene.device)
-        shift = uniform(seed, first, (2 * count,), points.dtype)
-        a, b = ((points + shift) % 1).chunk(2, 1)
+        index = torch.arange(samples, device=scene.device)
+        drawn_ = uniform(seed, index, (2 * count,), wide(scene.dtype))
+        stratum = uniform(seed, index, (2 * count,), torch.float32, stream=1).argsort(0)
+        a, b = ((stratum + drawn_) / samples).chunk(2, 1)
 
         def masks_at(index: Tensor) -> Tensor:
             sample, which = index % samples, index // samples  # A, B, then A with each cell from B
