@@ -43,7 +43,7 @@ _NAMES = (
         "local_response_norm normalize softmax log_softmax matmul mm bmm baddbmm addmm einsum add sub rsub mul div pow "
         "neg exp log sqrt rsqrt abs square mean sum cat concat stack amax amin max min maximum minimum where "
         "embedding embedding_bag scaled_dot_product_attention multi_head_attention_forward interpolate pad dropout "
-        "cumsum prod var std lstm gru rnn_tanh rnn_relu"
+        "cumsum prod var std erf sin cos lstm gru rnn_tanh rnn_relu"
     ).split()
 )
 
@@ -77,6 +77,7 @@ class Spelling:
     operation: Operation
     writes: bool = False
     flag: int | None = None  # position of an ``inplace`` argument
+    name: str = ""  # of the operation; a compiled call cannot ask the operation itself
 
     def in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self.flag is None:
@@ -92,6 +93,10 @@ def _inplace_position(function: Operation) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
+def name_of(operation: Operation) -> str:
+    return getattr(operation, "__name__", repr(operation))
+
+
 def _spellings() -> dict[Operation, Spelling]:
     found: dict[Operation, Spelling] = {}
     homes = (torch, torch.Tensor, F, torch._C._nn)  # pyright: ignore[reportAttributeAccessIssue]
@@ -105,7 +110,9 @@ def _spellings() -> dict[Operation, Spelling]:
             for attribute, writes in ((spelled, False), (spelled + "_", True)):
                 function = getattr(home, attribute, None)
                 if callable(function) and not (writes and spelled in _NOT_IN_PLACE):
-                    found.setdefault(function, Spelling(canonical, writes, _inplace_position(function)))
+                    found.setdefault(
+                        function, Spelling(canonical, writes, _inplace_position(function), name_of(canonical))
+                    )
     return found
 
 
@@ -116,10 +123,6 @@ def operation_of(function: Operation) -> Operation:
     """Give the canonical form of a torch function: `F.relu`, `Tensor.relu_` and `torch.relu` are one operation."""
     spelling = SPELLINGS.get(function)
     return spelling.operation if spelling else function
-
-
-def name_of(operation: Operation) -> str:
-    return getattr(operation, "__name__", repr(operation))
 
 
 @dataclass
@@ -177,7 +180,7 @@ class swapped(TorchFunctionMode):
         self.told: dict[str, dict[str, None]] = {}
         self.memo: dict[str, Any] = {}  # what the rules keep for the length of this run
         self.measures = False  # keep account of what operations put out
-        self.largest = self.total = 0
+        self.largest = 0  # in bytes
         self.linear: tuple[Tensor, Tensor, Tensor] | None = None  # input, weight and output of the last linear map
 
     def tell(self, what: str) -> None:
@@ -207,7 +210,7 @@ class swapped(TorchFunctionMode):
         result = func(*args, **kwargs) if native is None else native(self, func, *args, **kwargs)
         if self.measures and isinstance(result, Tensor):
             size = result.numel() * result.element_size()
-            self.largest, self.total = max(self.largest, size), self.total + size
+            self.largest = max(self.largest, size)
             if func is F.linear and len(args) > 1:
                 self.linear = (args[0], args[1], result)
         return result
@@ -224,7 +227,7 @@ class swapped(TorchFunctionMode):
         rule = table.find(self.layers[-1] if self.layers else "", operation)
         if rule is None:
             if operation in table.tell:
-                self.tell(name_of(operation))
+                self.tell(spelling.name)
             return NotImplemented
         in_place = spelling.in_place(args, kwargs)
         if spelling.flag is not None:
@@ -238,7 +241,7 @@ class swapped(TorchFunctionMode):
         result = rule(operation, *args, **pure)
         if result is NotImplemented:  # the rule does not cover this use of the operation
             if operation in table.tell:
-                self.tell(name_of(operation))
+                self.tell(spelling.name)
             return NotImplemented
         if in_place:
             return first.copy_(result)

@@ -20,6 +20,9 @@ Pull = Callable[[Tensor], tuple[Tensor, ...]]
 Back = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
+CPU_BUDGET, DEVICE_BUDGET = 32 * 2**20, 512 * 2**20  # bytes for the cotangents of a chunk
+
+
 @dataclass
 class _Many:
     """The run of a method over targets that is under way in this thread."""
@@ -28,7 +31,6 @@ class _Many:
     chunk_size: int | Literal["auto"] | None
     level: int = 0
     largest: int = 0  # bytes that the largest operation of the forward put out
-    total: int = 0  # bytes that all of them put out
     head: tuple[Tensor, Tensor] | None = None  # input and weight of a linear map that gives the output
 
 
@@ -49,8 +51,9 @@ def over_targets(
 
     Args:
         method: Any method ``method(params, model, x, target, **options)``.
-        chunk_size: Targets pulled back together. ``"auto"`` takes as many as need about the memory that the forward
-            needed; `None` all of them.
+        chunk_size: Targets pulled back together, at most; `None` for all of them. ``"auto"`` takes as many as keep to a
+            memory budget for their cotangents, 32 MB on a CPU and 512 MB elsewhere. On a CPU the budget cuts
+            larger chunks too: they would not be faster.
 
     Returns:
         A function whose `targets` are class indices ``[target]`` or ``[target batch]``, or floating-point cotangents
@@ -132,7 +135,7 @@ def note_forward(mode: swapped, output: Tensor) -> None:
     """Keep what a forward tells of the size of its pulls, and its head, where that is a linear map."""
     running = _running()
     if running is not None:
-        running.largest, running.total = max(running.largest, mode.largest), max(running.total, mode.total)
+        running.largest = max(running.largest, mode.largest)
         is_head = mode.table is None and mode.linear is not None and mode.linear[2] is output
         running.head = mode.linear[:2] if is_head and mode.linear is not None else None
 
@@ -168,7 +171,7 @@ def shared_pull(back: Back, outputs: tuple[Tensor, ...]) -> Pull:
         one_forward = not any(_is_mapped(output, level) for output in outputs)  # an adaptive method's has one a target
         if not (one_forward and _is_mapped(cotangent, level)) or functorch.maybe_current_level() != level:
             return pull(cotangent)
-        size = _chunk_size(running)
+        size = _chunk_size(running, cotangent.device)
         if size >= count and weight is None:
             return pull(cotangent)
         whole = functorch._remove_batch_dim(cotangent, level, count, 0)
@@ -206,11 +209,16 @@ def _in_chunks(pull: Pull, cotangents: Tensor, size: int) -> list[Tensor]:
     return gradients or [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
-def _chunk_size(running: _Many) -> int:
+def _chunk_size(running: _Many, device: torch.device) -> int:
+    """Cut the targets so that a chunk's cotangents, about four of the largest activation a target, keep to a budget.
+
+    On a CPU larger chunks are not faster, and slower with depthwise convolutions: `benchmarks/targets.py`.
+    """
     count = len(running.targets)
     if running.chunk_size is None:
         return count
+    on_cpu = device.type == "cpu"
+    fitting = max(1, (CPU_BUDGET if on_cpu else DEVICE_BUDGET) // max(1, 4 * running.largest))
     if running.chunk_size == "auto":
-        # a pull holds about the cotangents of two operations, and what the largest of them works in
-        return max(1, min(count, running.total // max(1, 3 * running.largest)))
-    return running.chunk_size
+        return min(count, fitting)
+    return min(running.chunk_size, fitting) if on_cpu else running.chunk_size
