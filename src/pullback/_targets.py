@@ -20,7 +20,7 @@ Pull = Callable[[Tensor], tuple[Tensor, ...]]
 Back = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
-CPU_BUDGET, DEVICE_BUDGET = 32 * 2**20, 512 * 2**20  # bytes for the cotangents of a chunk
+CPU_BUDGET, DEVICE_BUDGET = 24 * 2**20, 512 * 2**20  # bytes for the cotangents of a chunk
 
 
 @dataclass
@@ -52,7 +52,7 @@ def over_targets(
     Args:
         method: Any method ``method(params, model, x, target, **options)``.
         chunk_size: Targets pulled back together, at most; `None` for all of them. ``"auto"`` takes as many as keep to a
-            memory budget for their cotangents, 32 MB on a CPU and 512 MB elsewhere. On a CPU the budget cuts
+            memory budget for their cotangents, 24 MB on a CPU and 512 MB elsewhere. On a CPU the budget cuts
             larger chunks too: they would not be faster.
 
     Returns:
