@@ -17,6 +17,7 @@ from pullback.paths import (
     Quadrature,
     Tensors,
     integral,
+    needs_floating,
     on_path,
     quadrature_of,
     starts_of,
@@ -236,10 +237,7 @@ def _along(x: Inputs, baseline: Any, steps: int, quadrature: str, path: Path) ->
     """Give the points of the paths from the baselines to `x`, and their weights."""
     nodes, weights = quadrature_of(quadrature, steps)
     end = Leaves(x).tensors
-    if not end:
-        raise TypeError(
-            "`x` holds no floating-point tensor, so there is no path to it: explain from a layer on instead."
-        )
+    needs_floating(x)
     starts = [Leaves(start).tensors for start in starts_of(x, baseline)]
 
     def point(k: int) -> Point:

@@ -12,11 +12,12 @@ from torch.func import jvp, vjp
 
 from pullback import _native, maps
 from pullback._call import Inputs, Model, Params, Select, Target, cotangent, public, run, score
-from pullback._ops import ACTIVATIONS, Operation, Table
+from pullback._ops import ACTIVATIONS, Operation, Table, operation_of
 from pullback._targets import shared_pull
 
 _AFFINE = [getattr(F, name) for name in "linear conv1d conv2d conv3d".split()]
 _TRANSPOSED = [getattr(F, f"conv_transpose{n}d") for n in (1, 2, 3)]
+_LAYER_NORM = operation_of(F.layer_norm)
 _NORMS = [F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm]
 _CURVED = [getattr(F, name) for name in ACTIVATIONS if name not in ("relu", "leaky_relu", "prelu", "rrelu")]
 _CURVED += [torch.clamp, torch.clamp_min, torch.clamp_max, F.softmax, F.log_softmax, torch.softmax, torch.log_softmax]
@@ -120,6 +121,8 @@ def _biases(met: list[Tensor], deltas: Sequence[Tensor] | None) -> Table:
         form = _native.FORMS.get(operation)
 
         def function(input: Tensor) -> Tensor:
+            if operation is _LAYER_NORM:
+                return _native.layer_norm(input, *args, **kwargs)
             return operation(input, *args, **kwargs) if form is None else form(None, operation, input, *args, **kwargs)
 
         y, *linear = jvp(function, (input,), (input,))

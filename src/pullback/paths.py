@@ -33,6 +33,7 @@ from pullback._call import (
     pullback,
     score,
 )
+from pullback._native import layer_norm
 from pullback._ops import Table
 from pullback._random import Seed, normal, uniform
 from pullback.rules import Rules, table_of
@@ -176,6 +177,11 @@ def quadrature_of(name: str, steps: int) -> tuple[tuple[float, ...], tuple[float
 quadrature_of._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # not traced
 
 
+def needs_floating(x: Inputs) -> None:
+    if not Leaves(x).floating:
+        raise TypeError("`x` holds no floating-point tensor, so no path leads to it. Name a `layer`, or cast `x`.")
+
+
 def starts_of(x: Inputs, baseline: Any) -> list[Any]:
     """Give the baselines, each with the structure of `x` and broadcast to it; a list means several."""
     leaves = Leaves(x)
@@ -216,6 +222,8 @@ def _start(leaves: Leaves, baseline: Any) -> Any:
 
 def _ends(course: Course, baseline: Any) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Give the places where the paths start, and where they end."""
+    if not course.layer:
+        needs_floating(course.x)
     end = course.place(course.x)
     if baseline is None and course.layer and not Leaves(course.x).floating:
         return [tuple(torch.zeros_like(a) for a in end)], end
@@ -319,6 +327,8 @@ def expected_gradients(
     samples: int = 50,
     noise: float = 0.0,
     seed: Seed = 0,
+    layer: str = "",
+    at: str = "output",
     chunk_size: int | None = None,
     rules: Rules = None,
     output: Select = None,
@@ -333,7 +343,8 @@ def expected_gradients(
     share the draws.
 
     Args:
-        params, model, x, target, rules, output, strict: See `gradient`.
+        params, model, x, target, layer, at, rules, output, strict: See `gradient`. At a layer the paths lead from the
+            baselines' activations to the input's.
         baselines: Data to draw from, with the structure of `x` and an axis of its own in the place of the batch:
             ``[baseline ...]``.
         samples: Draws of a baseline and a point.
@@ -341,7 +352,7 @@ def expected_gradients(
         seed, chunk_size: See `smooth_grad`.
 
     Returns:
-        Attribution, shaped like `x`, signed, in units of the score.
+        Attribution, shaped like `x` or the activation, signed, in units of the score.
 
     Raises:
         ValueError: If `samples` is less than 1, or `baselines` do not have the shape of examples.
@@ -360,19 +371,23 @@ def expected_gradients(
     """
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples}.")
-    course, leaves = Course(params, model, x, target, output, table_of(rules), strict), Leaves(x)
-    data = [_drawn_from(baselines, key, t) for key, t in zip(leaves.floating, leaves.tensors, strict=True)]
+    course, leaves = Course(params, model, x, target, output, table_of(rules), strict, layer, at), Leaves(x)
+    if not layer:
+        needs_floating(x)
+    for key, t in zip(leaves.floating, leaves.tensors, strict=True):
+        _check_pool(baselines if key is None else baselines[key], t)
+    data, end = course.place(baselines), course.place(x)
 
     def point(k: int) -> Point:
-        index = torch.full((1,), k, device=leaves.tensors[0].device)
+        index = torch.full((1,), k, device=end[0].device)
         alpha, choice = (uniform(seed, index, (), torch.float64, stream)[0] for stream in (0, 1))
-        places, velocities = [], []
-        for stream, (t, pool) in enumerate(zip(leaves.tensors, data, strict=True)):
-            start = pool.index_select(0, (choice * len(pool)).long().reshape(1))
-            moved = t + noise * normal(seed, index, t.shape[1:], t.dtype, 1 + stream) if noise else t
-            velocities.append(moved - start)
-            places.append(start + alpha.to(t.dtype) * (moved - start))
-        return places, velocities
+        ends = course.place(leaves.rebuild(_noisy(leaves.tensors, noise, seed, index), lambda v: v)) if noise else end
+        starts = [
+            pool.index_select(0, (choice * len(pool)).long().reshape(1)).to(e)
+            for pool, e in zip(data, ends, strict=True)
+        ]
+        velocities = [e - start for start, e in zip(starts, ends, strict=True)]
+        return [s + alpha.to(v.dtype) * v for s, v in zip(starts, velocities, strict=True)], velocities
 
     def term(points: Tensors, velocities: Tensors) -> Tensors:
         return [v * g for v, g in zip(velocities, course.slopes(points)[1], strict=True)]
@@ -380,12 +395,15 @@ def expected_gradients(
     return course.result(integral(term, point, (1 / samples,) * samples, chunk_size))
 
 
-def _drawn_from(baselines: Any, key: Any, value: Tensor) -> Tensor:
-    pool = baselines if key is None else baselines[key]
+def _noisy(tensors: Tensors, noise: float, seed: Seed, index: Tensor) -> list[Tensor]:
+    return [t + noise * normal(seed, index, t.shape[1:], t.dtype, 1 + stream) for stream, t in enumerate(tensors)]
+
+
+def _check_pool(pool: Any, value: Tensor) -> None:
     if not isinstance(pool, Tensor) or pool.shape[1:] != value.shape[1:] or not len(pool):
         got = list(pool.shape) if isinstance(pool, Tensor) else type(pool).__name__
-        raise ValueError(f"`baselines` must be [baseline, *{list(value.shape[1:])}], at least one, got {got}.")
-    return pool.to(value)
+        shape = ", ".join(map(str, ["baseline", *value.shape[1:]]))
+        raise ValueError(f"`baselines` must be [{shape}], at least one, got {got}.")
 
 
 @public
@@ -438,6 +456,8 @@ def blur_integrated_gradients(
     """
     if not sigma > 0:
         raise ValueError(f"`sigma` must be a positive fraction of the longer side, got {sigma}.")
+    if any(t.ndim < 3 for t in Leaves(x).tensors):
+        raise ValueError("`x` must have spatial axes, [batch channel ...], to be blurred.")
 
     def sharpen(start: Tensor, end: Tensor, alpha: Tensor) -> Tensor:
         widest = sigma * max(end.shape[2:])
@@ -709,10 +729,13 @@ def discretised_integrated_gradients(
 def _word_path(end: Tensor, start: Tensor, words: Tensor, steps: int, neighbours: int, strategy: str) -> list[Tensor]:
     """Give points from `end` to `start`, each in every entry between the one before and `start`."""
     neighbours = min(neighbours, len(words) - 1)
+    wide = words.to(torch.promote_types(words.dtype, torch.float32))
     places, anchor = [end], end.detach()
     for left in range(steps, 1, -1):
         place = places[-1]
-        nearest = torch.cdist(anchor, words).topk(neighbours + 1, largest=False).indices[..., 1:]  # but itself
+        nearest = (
+            torch.cdist(anchor.to(wide.dtype), wide).topk(neighbours + 1, largest=False).indices[..., 1:]
+        )  # but itself
         near = words[nearest]  # [batch token neighbour ...]
         here, there = place.unsqueeze(-2), start.unsqueeze(-2)
         between = (near - here) * (near - there) <= 0
@@ -727,23 +750,8 @@ def _word_path(end: Tensor, start: Tensor, words: Tensor, steps: int, neighbours
     return [*places, start]
 
 
-def _layer_norm(
-    operation: Any,
-    input: Tensor,
-    shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Layer norm in parts: the third derivative of torch's own is wrong."""
-    axes = tuple(range(-len(shape), 0))
-    centred = input - input.mean(axes, keepdim=True)
-    unit = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
-    unit = unit if weight is None else unit * weight
-    return (unit if bias is None else unit + bias).to(input.dtype)
-
-
-_SMOOTH = Table.of({torch.nn.functional.layer_norm: _layer_norm})
+# the third derivative of torch's own layer norm is wrong
+_SMOOTH = Table.of({torch.nn.functional.layer_norm: lambda operation, *args, **kwargs: layer_norm(*args, **kwargs)})
 
 
 @public

@@ -69,6 +69,8 @@ def xrai(
     Reference:
         Kapishnikov, Bolukbasi, Viégas & Terry, XRAI: Better Attributions Through Regions, 2019, alg. 1.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`x` must be one tensor, got {type(x).__name__}.")
     masks = _masks_of(segments, x)
     attribution = method(params, model, x, target, output=output, strict=strict, **options)
     values = reduce(attribution).flatten(1)  # [batch pixel]
