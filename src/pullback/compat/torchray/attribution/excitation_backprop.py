@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from pullback import maps, rules
+from pullback import maps, relu, rules
 from pullback._call import params_of, public, pullback, tell
 from pullback._ops import Operation, Table, operation_of
 from pullback._relevance import LINEAR, LinearRule, Remembering, Share, is_constant, still
@@ -191,7 +191,7 @@ def _table(negated: str | None = None) -> Table:
         table,
         rules={**table.rules, **linear, eltwise_sum: _share_sum, add: Remembering(_told_sum)},
         by_layer=by_layer,
-        tell=table.tell | {add},
+        tell=table.tell - set(relu.RECTIFIERS) | {add},  # rectifiers keep their derivative, as ReLU does
         name="The rules of ExcitationBackpropContext",
     )
 
