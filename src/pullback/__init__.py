@@ -58,6 +58,8 @@ from pullback.perturbations import sobol_attribution as sobol_attribution
 from pullback.regions import felzenszwalb_segments as felzenszwalb_segments
 from pullback.regions import xrai as xrai
 from pullback.relevance import contrastive_excitation_backprop as contrastive_excitation_backprop
+from pullback.relevance import deep_lift as deep_lift
+from pullback.relevance import deep_lift_shap as deep_lift_shap
 from pullback.relevance import excitation_backprop as excitation_backprop
 from pullback.relevance import lrp as lrp
 
@@ -104,6 +106,8 @@ __all__ = [
     "ss_cam",
     "xgrad_cam",
     "contrastive_excitation_backprop",
+    "deep_lift",
+    "deep_lift_shap",
     "excitation_backprop",
     "lrp",
     "full_grad",

@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from pullback import _secant
+from pullback._batch import each
 from pullback._call import (
     Inputs,
+    Leaves,
     Model,
     Params,
     Pulled,
@@ -23,10 +27,11 @@ from pullback._call import (
     cotangent,
     public,
     pullback,
+    run,
 )
 from pullback._relevance import nonzero
 from pullback._shell import named_layers
-from pullback._taps import Layer
+from pullback._taps import Layer, Site
 from pullback.rules import Rules, table_of
 
 
@@ -71,10 +76,9 @@ def lrp(
 
     Example:
         >>> from torch import nn
-        >>> from pullback import rules
-        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
         >>> params, x = params_of(model), torch.randn(5, 3)
-        >>> r = lrp(params, model, x, 0, rules={nn.functional.linear: rules.epsilon(1e-9, bias=False)})
+        >>> r = lrp(params, model, x, 0, rules="epsilon")
         >>> torch.allclose(r.sum(1), model(x)[:, 0], atol=1e-4)
         True
 
@@ -206,3 +210,148 @@ def _negated(params: Params, model: nn.Module, classifier: str | None) -> Params
     if weight is None:
         raise ValueError(f"`classifier` must name a layer with a weight, got {classifier!r}: no `{name}`.")
     return *parts, {name: -weight}
+
+
+# -- DeepLIFT
+
+
+@public
+def deep_lift(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    baseline: Any = None,
+    layer: str = "",
+    at: str = "output",
+    output: Select = None,
+    strict: bool = False,
+) -> Any:
+    r"""Share out the difference in score between the input and a baseline, by the rescale rule.
+
+    .. math:: C_i = m_i \, (x_i - b_i), \quad m = \frac{f(x) - f(b)}{x - b} \text{ at each nonlinearity}
+
+    The model runs on `baseline`, then on `x`; each nonlinearity, wherever it is called, pairs its two inputs and hands
+    the secant back in place of the derivative. Products take the mean of the other factor, softmax and norms are
+    made of elementwise steps and products, maximum pooling shares its difference between the two maxima: so
+    attributions add up to the difference in score, skips, reuse and attention included. Costs 1 gradient and 1 forward.
+
+    Args:
+        params, model, x, target, layer, at, output: See `gradient`. A function as `target` must be linear.
+        baseline: With the structure of `x`, broadcast to it. Zeros if omitted.
+        strict: Raise where a nonlinear operation has no pair of inputs to take the secant of, instead of warning.
+
+    Returns:
+        Attribution, signed, shaped like `x` or the activation, in units of the score.
+
+    Raises:
+        ValueError: If `baseline` does not broadcast to `x`, or the model takes another path on it.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2))
+        >>> params, x = params_of(model), torch.randn(5, 3)
+        >>> a = deep_lift(params, model, x, target=0)
+        >>> torch.allclose(a.sum(1), model(x)[:, 0] - model(0 * x)[:, 0], atol=1e-5)
+        True
+
+    Reference:
+        Shrikumar, Greenside & Kundaje, Learning Important Features Through Propagating Activation Differences, 2017,
+        sec. 3.5.1.
+    """
+    leaves = Leaves(x)
+    start = leaves.rebuild(_baselines(leaves, baseline), lambda v: v)
+    tape: _secant.Tape = []
+    before = _recorded(params, model, start, Site.parse(layer, at), output, tape)
+    table = _secant.paired(tape)
+    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table, strict=strict)
+    multipliers = pulled.pull(cotangent(pulled.output, target))
+    parts = zip(pulled.activations, before, multipliers, strict=True)
+    return pulled.rebuild([(a - b) * m for a, b, m in parts])
+
+
+def _recorded(
+    params: Params, model: Model, x: Inputs, site: Site, output: Select, tape: _secant.Tape
+) -> tuple[Tensor, ...]:
+    """Run the model, keep what goes into its nonlinear operations, and give the activations of a layer."""
+    read: list[Tensor] = []
+
+    def edit(at: Site, call: int, tensor: Tensor) -> Tensor:
+        if site.call in (None, call):
+            read.append(tensor.clone())
+        return tensor
+
+    sites = (site,) if site.name else ()
+    run(params, model, x, output=output, table=_secant.recording(tape), sites=sites, edit=edit if site.name else None)
+    return tuple(read) if site.name else Leaves(x).tensors
+
+
+def _baselines(leaves: Leaves, baseline: Any) -> list[Tensor]:
+    """Give the baseline of each floating-point tensor of `x`, as large as that."""
+    if baseline is None:
+        return [torch.zeros_like(t) for t in leaves.tensors]
+    keys = [key for key, _ in leaves.items]
+    given = {None: baseline} if isinstance(leaves.x, Tensor) else dict(
+        baseline if isinstance(baseline, dict) else zip(keys, baseline, strict=False)
+    )  # fmt: skip
+    starts = []
+    for key, t in zip(leaves.floating, leaves.tensors, strict=True):
+        start = torch.as_tensor(0 if given.get(key) is None else given[key], dtype=t.dtype, device=t.device)
+        try:
+            starts.append(start.expand_as(t))
+        except RuntimeError:
+            raise ValueError(f"`baseline` must broadcast to `x`, {list(t.shape)}, got {list(start.shape)}.") from None
+    return starts
+
+
+@public
+def deep_lift_shap(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    baselines: Any,
+    layer: str = "",
+    at: str = "output",
+    output: Select = None,
+    strict: bool = False,
+) -> Any:
+    r"""Average DeepLIFT over baselines: an estimate of Shapley values of the inputs.
+
+    .. math:: a = \frac{1}{K} \sum_{k=1}^K C(x, b_k)
+
+    Attributions add up to the score less the mean score of the baselines. Costs a gradient and a forward a baseline.
+
+    Args:
+        params, model, x, target, layer, at, output, strict: See `deep_lift`.
+        baselines: With the structure of `x`: ``[sample ...]``, each of which is compared with every example.
+
+    Returns:
+        Attribution, signed, shaped like `x` or the activation, in units of the score.
+
+    Raises:
+        ValueError: If there are no baselines, or they do not broadcast to `x`.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> params, x, others = params_of(model), torch.randn(5, 3), torch.randn(7, 3)
+        >>> a = deep_lift_shap(params, model, x, target=0, baselines=others)
+        >>> torch.allclose(a.sum(1), model(x)[:, 0] - model(others)[:, 0].mean(), atol=1e-5)
+        True
+
+    Reference:
+        Lundberg & Lee, A Unified Approach to Interpreting Model Predictions, 2017, sec. 4.2.
+    """
+    counts = {len(b) for b in Leaves(baselines).tensors}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"`baselines` must hold the same number of samples, at least 1, got {sorted(counts)}.")
+    options = {"layer": layer, "at": at, "output": output, "strict": strict}
+    total: Any = None
+    for k in range(counts.pop()):
+        one = each(lambda b: b[k], baselines)  # noqa: B023
+        attribution = deep_lift(params, model, x, target, baseline=one, **options)
+        total = attribution if total is None else each(torch.add, total, attribution)
+    return each(lambda a: a / len(Leaves(baselines).tensors[0]), total)

@@ -497,7 +497,13 @@ def composed(linear: Rule, convolution: Rule | None = None, *, zeros: bool = Fal
     table |= dict.fromkeys((*PRODUCTS, *SUMMED_PRODUCTS, F.linear), linear)
     table |= dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), convolution or linear)
     table |= dict.fromkeys((torch.rsqrt, torch.var, torch.std), constant())
-    table |= {F.batch_norm: merged(), F.instance_norm: merged(), F.glu: gated(), torch.mul: product(), torch.div: quotient()}
+    table |= {
+        F.batch_norm: merged(),
+        F.instance_norm: merged(),
+        F.glu: gated(),
+        torch.mul: product(),
+        torch.div: quotient(),
+    }
     table |= {torch.softmax: derivative()}
     if not zeros:
         for rectifier in (torch.relu, torch.abs):
@@ -506,7 +512,7 @@ def composed(linear: Rule, convolution: Rule | None = None, *, zeros: bool = Fal
 
 
 def excitation_table() -> dict[Any, Rule]:
-    """Give the table of excitation backprop: norms and activations hand relevance on, attention weights are constants."""
+    """Give the table of excitation backprop: norms and activations pass relevance on, attention weights are constants."""
     table: dict[Any, Rule] = dict.fromkeys((*_ELEMENTWISE, *_NORMS, F.batch_norm), passing())
     table |= dict.fromkeys((*LINEAR, *SUMMED_PRODUCTS, *PRODUCTS), excitation())
     table |= dict.fromkeys((torch.rsqrt, torch.var, torch.std, torch.softmax), constant())

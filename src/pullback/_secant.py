@@ -1,0 +1,249 @@
+r"""Secants in place of derivatives: what DeepLIFT's rescale rule does at an operation.
+
+A first run records what goes into each nonlinear operation, in the order of calls; a second run takes from that tape,
+pairs its own inputs with it, and has :math:`\frac{f(x) - f(b)}{x - b}` for a derivative. As both are in the order of
+calls, a module that is called twice, or an activation that is no module, is paired rightly.
+
+An operation of several variables is made of elementwise functions, sums and products. A product has the mean of the
+other factor for a derivative: :math:`xy - bc = (x - b) \frac{y + c}{2} + (y - c) \frac{x + b}{2}`. So differences add
+up through any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vjp
+
+from pullback._ops import ACTIVATIONS, Operation, Rule, Table, operation_of
+from pullback._relevance import PRODUCTS, arguments, still
+
+Tape = list[tuple[Operation, tuple[Any, ...], dict[str, Any]]]
+Paired = Callable[..., Any]
+CLOSE = 1e-10
+
+ELEMENTWISE = tuple(
+    operation_of(getattr(torch if hasattr(torch, name) else F, name))
+    for name in [*ACTIVATIONS, *"exp log sqrt rsqrt square abs clamp clamp_min clamp_max erf sin cos".split()]
+    if name != "glu"
+)
+
+
+def secant(function: Callable[[Tensor], Tensor], x: Tensor, b: Tensor) -> Tensor:
+    """Give the function's value at `x`, with the secant to `b` for a derivative."""
+    at = still(x)
+    y, way = function(at), at - b
+    close = way.abs() < CLOSE
+    _, back = vjp(function, (at + b) / 2)  # pyright: ignore[reportAssignmentType]
+    (slope,) = back(torch.ones_like(y))
+    slope = torch.where(close, slope, (y - function(b)) / torch.where(close, torch.ones_like(way), way))
+    return y + slope * (x - at)
+
+
+def product(multiply: Callable[[Any, Any], Tensor], x: Tensor, y: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Give a product of `x` and `y`, each with the mean of the other, at the input and the baseline, for a factor."""
+    x_, y_ = still(x), still(y)
+    return multiply(x_, y_) + multiply(x - x_, (y_ + c) / 2) + multiply((x_ + b) / 2, y - y_)
+
+
+def _elementwise(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Tensor:
+    return secant(lambda v: operation(v, *args, **kwargs), x, pair[0])
+
+
+def _power(operation: Operation, x: Any, exponent: Any, *, pair: tuple[Any, ...]) -> Tensor:
+    if not isinstance(x, Tensor) or isinstance(exponent, Tensor):
+        return NotImplemented
+    return secant(lambda v: operation(v, exponent), x, pair[0])
+
+
+def _product(operation: Operation, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Any:
+    *before, x, y = args if operation is not torch.einsum or not isinstance(args[-1], list | tuple) else (
+        args[0], *args[1]
+    )  # fmt: skip
+    *_, b, c = pair if operation is not torch.einsum or not isinstance(pair[-1], list | tuple) else (pair[0], *pair[1])
+    if len(before) != (operation is torch.einsum) or kwargs:
+        return NotImplemented
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.is_floating_point() or not y.is_floating_point():
+        return operation(*args)
+    return product(lambda u, v: operation(*before, u, v), x, y, b, c)
+
+
+def _quotient(operation: Operation, x: Any, y: Any, *, pair: tuple[Any, ...], **kwargs: Any) -> Any:
+    if kwargs:
+        return NotImplemented
+    b, c = pair
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        return operation(x, y)
+    inverse = secant(torch.reciprocal, y, c)
+    if not isinstance(x, Tensor):
+        return x * inverse
+    return product(torch.mul, x, inverse, b, c.reciprocal())
+
+
+def _exponentials(x: Tensor, b: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give exp(x - shift) and exp(b - shift), with one shift for both, and the shift."""
+    lowest = torch.finfo(x.dtype).min
+    x, b = x.clamp(min=lowest), b.clamp(min=lowest)
+    shift = torch.maximum(still(x), b).amax(axis, keepdim=True)
+    return secant(torch.exp, x - shift, b - shift), (b - shift).exp(), shift
+
+
+def _softmax(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Tensor:
+    (axis,) = arguments(args[:1], kwargs, ("dim", None))
+    if axis is None:
+        return NotImplemented
+    e, e_, shift = _exponentials(x, pair[0], axis)
+    total, total_ = e.sum(axis, keepdim=True), e_.sum(axis, keepdim=True)
+    if operation is torch.log_softmax:
+        return x - shift - secant(torch.log, total, total_)
+    return product(torch.mul, e, secant(torch.reciprocal, total, total_), e_, total_.reciprocal())
+
+
+def _standardised(x: Tensor, b: Tensor, axes: Sequence[int], eps: float, centred: bool = True) -> Tensor:
+    axes = tuple(axes)
+    if centred:
+        x, b = x - x.mean(axes, keepdim=True), b - b.mean(axes, keepdim=True)
+    spread, spread_ = secant(torch.square, x, b).mean(axes, keepdim=True), b.square().mean(axes, keepdim=True)
+    inverse = secant(lambda v: (v + eps).rsqrt(), spread, spread_)
+    return product(torch.mul, x, inverse, b, (spread_ + eps).rsqrt())
+
+
+def _weighted(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _layer_norm(
+    operation: Operation, x: Tensor, shape: Any, *args: Any, pair: tuple[Any, ...], **kwargs: Any
+) -> Tensor:
+    axes = tuple(range(-len(shape), 0))
+    if operation.__name__ == "rms_norm":
+        weight, eps = arguments(args, kwargs, ("weight", None), ("eps", None))
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        return _weighted(_standardised(x, pair[0], axes, eps, centred=False), weight, None)
+    weight, bias, eps = arguments(args[:3], kwargs, ("weight", None), ("bias", None), ("eps", 1e-5))
+    return _weighted(_standardised(x, pair[0], axes, eps), weight, bias)
+
+
+def _by_channel(v: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if v is None else v.reshape(-1, *[1] * (x.ndim - 2))
+
+
+def _group_norm(
+    operation: Operation, x: Tensor, groups: int, *args: Any, pair: tuple[Any, ...], **kwargs: Any
+) -> Tensor:
+    weight, bias, eps = arguments(args[:3], kwargs, ("weight", None), ("bias", None), ("eps", 1e-5))
+    grouped, grouped_ = (v.reshape(v.shape[0], groups, -1) for v in (x, pair[0]))
+    y = _standardised(grouped, grouped_, (2,), eps).reshape_as(x)
+    return _weighted(y, _by_channel(weight, x), _by_channel(bias, x))
+
+
+def _instance_norm(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Tensor:
+    mean, var, weight, bias, own, _, eps = arguments(
+        args, kwargs, ("running_mean", None), ("running_var", None), ("weight", None), ("bias", None),
+        ("use_input_stats", True), ("momentum", 0.1), ("eps", 1e-5),
+    )  # fmt: skip
+    weight, bias, mean, var = (_by_channel(v, x) for v in (weight, bias, mean, var))
+    if not own and mean is not None and var is not None:
+        return _weighted((x - mean) * (var + eps).rsqrt(), weight, bias)
+    return _weighted(_standardised(x, pair[0], range(2, x.ndim), eps), weight, bias)
+
+
+def _gated(operation: Operation, x: Tensor, dim: int = -1, *, pair: tuple[Any, ...]) -> Tensor:
+    (value, gate), (value_, gate_) = x.chunk(2, dim), pair[0].chunk(2, dim)
+    return product(torch.mul, value, secant(torch.sigmoid, gate, gate_), value_, gate_.sigmoid())
+
+
+def _larger(operation: Operation, x: Tensor, y: Tensor, *, pair: tuple[Any, ...]) -> Tensor:
+    b, c = pair
+    sign = 1 if operation is torch.maximum else -1
+    return x + sign * secant(torch.relu, sign * (y - x), sign * (c - b))
+
+
+def _max_pool(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Any:
+    """Share the difference of the two maxima between the places where they are."""
+    if kwargs.pop("return_indices", False):
+        return NotImplemented
+    b, at = pair[0], still(x)
+    spatial = int(operation.__name__[-2])
+    (y, here), (y_, there) = (operation(v, *args, return_indices=True, **kwargs) for v in (at, b))
+
+    def read(v: Tensor, places: Tensor) -> Tensor:
+        return v.flatten(-spatial).gather(-1, places.flatten(-spatial)).reshape(places.shape)
+
+    larger = torch.maximum(y, y_)
+    for places, gained in ((here, larger - y_), (there, y - larger)):
+        way = read(at - b, places)
+        flat = way.abs() < CLOSE
+        share = torch.where(flat, torch.zeros_like(way), gained / torch.where(flat, torch.ones_like(way), way))
+        y = y + share * read(x - at, places)
+    return y
+
+
+def _rules() -> dict[Operation, Paired]:
+    rules: dict[Operation, Paired] = dict.fromkeys(ELEMENTWISE, _elementwise)
+    rules |= dict.fromkeys((*PRODUCTS, torch.mul), _product)
+    rules |= {torch.pow: _power, torch.div: _quotient, torch.softmax: _softmax, torch.log_softmax: _softmax}
+    rules |= {torch.layer_norm: _layer_norm, torch.group_norm: _group_norm, F.instance_norm: _instance_norm}
+    rules |= {F.glu: _gated, torch.maximum: _larger, torch.minimum: _larger}
+    if hasattr(torch, "rms_norm"):  # newer than the oldest torch
+        rules[torch.rms_norm] = _layer_norm
+    for kind in ("", "adaptive_"):
+        rules |= {getattr(F, f"{kind}max_pool{n}d"): _max_pool for n in (1, 2, 3)}
+    return {operation_of(operation): rule for operation, rule in rules.items()}
+
+
+RULES = _rules()
+_TOLD = (
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.prod, torch.var, torch.std, torch.max, torch.min),
+    *(torch.amax, torch.amin, F.bilinear, F.normalize, F.local_response_norm, F.lp_pool1d, F.lp_pool2d),
+)
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()  # what comes after may write to it
+    return tuple(map(_kept, value)) if isinstance(value, list | tuple) else value
+
+
+def recording(tape: Tape) -> Table:
+    """Give the table that runs operations as they are and keeps what goes into them."""
+
+    def rule(operation: Operation, *args: Any, **kwargs: Any) -> Any:
+        tape.append((operation, _kept(args), kwargs))
+        return operation(*args, **kwargs)
+
+    return Table.of(dict.fromkeys(RULES, rule), name="DeepLIFT's rules")
+
+
+def paired(tape: Tape) -> Table:
+    """Give the table that takes secants between what goes into an operation and what the tape has for it."""
+    rest = iter(tape)
+
+    def make(take: Paired) -> Rule:
+        def rule(operation: Operation, *args: Any, **kwargs: Any) -> Any:
+            recorded, pair, _ = next(rest, (None, (), {}))
+            if recorded is not operation or _shapes(pair) != _shapes(args):
+                raise ValueError(
+                    "`baseline` must take the model the way `x` does: their operations differ, first at "
+                    f"`{operation.__name__}`. Choose another baseline."
+                )
+            return take(operation, *args, pair=pair, **kwargs)
+
+        return rule
+
+    return Table.of({op: make(take) for op, take in RULES.items()}, tell=_TOLD, name="DeepLIFT's rules")
+
+
+def _shapes(args: Any) -> list[Any]:
+    found: list[Any] = []
+    for value in args:
+        if isinstance(value, Tensor):
+            found.append(value.shape)
+        elif isinstance(value, list | tuple):
+            found += _shapes(value)
+    return found
