@@ -164,7 +164,7 @@ def test_forward_that_reaches_the_original_through_a_global_is_refused():
     global reached
     case = BY_NAME["F.relu"]
     reached = case.model()
-    reached.forward = lambda x: Plain.forward(reached, x)
+    reached.forward = lambda x: Plain.forward(reached, x)  # type: ignore[arg-type]
     with pytest.raises((ValueError, TypeError), match=r"`forward`.*`reached`"):
         gradient(params_of(reached), reached, case.x, 1)
 
@@ -274,10 +274,10 @@ def test_a_model_with_slots_properties_and_its_own_getattr():
 
         @property
         def doubled(self) -> Tensor:
-            return 2 * self.weight
+            return 2 * self.weight  # type: ignore[operator]
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.doubled, self.bias)
+            return F.linear(x, self.doubled, self.bias)  # type: ignore[arg-type]
 
     model = Forwarding().double().eval()
     x = torch.randn(2, 6, dtype=torch.float64)
@@ -520,11 +520,11 @@ def test_inputs_of_different_batch_sizes_and_no_input():
     case = BY_NAME["two inputs"]
     model = case.model()
     with pytest.raises((TypeError, ValueError), match="`x`"):
-        gradient(params_of(model), model, "photograph.png", 1)
+        gradient(params_of(model), model, "photograph.png", 1)  # type: ignore[arg-type]
     with pytest.raises((TypeError, ValueError), match="`x`"):
         gradient(params_of(model), model, (), 1)
     with pytest.raises((TypeError, ValueError), match="`x`"):
-        gradient(params_of(model), model, np.zeros((2, 6)), 1)
+        gradient(params_of(model), model, np.zeros((2, 6)), 1)  # type: ignore[arg-type]
 
 
 @some

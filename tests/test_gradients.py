@@ -330,7 +330,7 @@ def test_smooth_grad_errors():
     with pytest.raises(ValueError, match="`noise`"):
         smooth_grad(params, model, case.x, 1, noise=-1.0)
     with pytest.raises(ValueError, match="`statistic`"):
-        smooth_grad(params, model, case.x, 1, statistic="median")
+        smooth_grad(params, model, case.x, 1, statistic="median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`chunk_size`"):
         smooth_grad(params, model, case.x, 1, chunk_size=0)
 

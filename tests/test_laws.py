@@ -34,7 +34,7 @@ from pullback import over_targets, params_of
 # The first `jvp` in a process makes torch warn of a module of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 on_every_case = pytest.mark.parametrize(("name", "case"), pairs())
-TIGHT = {"rtol": 1e-9, "atol": 1e-11}
+TIGHT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], rtol: float = 1e-9, atol: float = 1e-11) -> None:
@@ -232,7 +232,8 @@ def test_pure_also_when_the_model_raises_in_the_middle(name, case):
         # A shape probe that fails says so; what matters here is what is left behind.
         warnings.simplefilter("ignore", UserWarning)
         entry = laws.exempt(name, case, "call")  # then either error may come first
-        with pytest.raises(BreakError if entry is None else (BreakError, entry.raises)):
+        errors: Any = BreakError if entry is None else (BreakError, entry.raises)
+        with pytest.raises(errors):
             call(params, model, x, target)
     assert (state_of(model), state_of_torch()) == before
     assert functions_of_torch().items() >= functions.items()
@@ -338,7 +339,7 @@ class Count(torch.autograd.Function):
         return tangents[0].clone()
 
     @staticmethod
-    def vmap(info, in_dims, x, seen):
+    def vmap(info, in_dims, x, seen):  # pyright: ignore[reportIncompatibleMethodOverride]
         return Count.apply(x, seen), in_dims[0]
 
 
@@ -362,7 +363,7 @@ class Counted(nn.Module):
         self.entered, self.left = Tally(), Tally()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = kwargs or (args if len(args) > 1 else args[0])
+        x: Any = kwargs or (args[0] if len(args) == 1 else args)
         x = pytree.tree_map(lambda part: Count.apply(part, self.entered) if part.is_floating_point() else part, x)
         return Count.apply(self.case.call(self.inner, x), self.left)  # type: ignore[return-value]
 
@@ -375,7 +376,7 @@ class Counted(nn.Module):
 
 def inside(name: str, case: Case) -> dict[str, Any]:
     """The options for a model that sits one level down, and selects its output itself."""
-    chosen = {"output": None}
+    chosen: dict[str, Any] = {"output": None}
     if "layer" in laws.options(name, case):
         chosen["layer"] = f"inner.{laws.options(name, case)['layer']}"
     if "layers" in laws.options(name, case):
@@ -479,7 +480,7 @@ def test_derivatives_of_the_attribution_are_right(name, case):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
     with lawful(name, case, "jvp"):
         for tangents, theirs in zip(torch.eye(2, dtype=torch.float64), numeric()):
-            _, ours = jvp(score, (zero, zero), tuple(tangents))
+            ours = jvp(score, (zero, zero), tuple(tangents))[1]
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 

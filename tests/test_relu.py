@@ -111,7 +111,7 @@ def test_rules_have_second_derivatives(rules):
     at = torch.tensor([[1.0, -1.0, 2.0, -2.0, 0.5, 1.0]], dtype=torch.float64)
     mask = (at > 0) & (X > 0) if rules == "guided" else at > 0
     torch.testing.assert_close(grad(score)(at), mask.to(X) * w)
-    _, tangent = jvp(score, (at,), (ONES,))
+    tangent = jvp(score, (at,), (ONES,))[1]
     torch.testing.assert_close(tangent, (mask.to(X) * w).sum())
 
 
