@@ -59,22 +59,26 @@ def test_excitation_backprop_in_manual_style(vgg, layer):
     assert torch.allclose(simple.sum((1, 2, 3)), torch.ones(2), atol=1e-5)  # a probability
 
 
-def test_contrastive_excitation_backprop_in_manual_style(vgg):
-    model, x = vgg
-    simple = contrastive_excitation_backprop(model, x[:1], 3, saliency_layer="5", contrast_layer="10")
-    classifier = get_module(model, "12")
-    contrast_probe, probe = Probe(model[10], target="output"), Probe(model[5], target="output")
+@pytest.mark.parametrize(
+    "negate", [lambda w: w.data.neg_(), torch.no_grad()(lambda w: w.neg_())], ids=["data", "no_grad"]
+)
+@pytest.mark.parametrize("name", ["vgg", "bn"])
+def test_contrastive_excitation_backprop_in_manual_style(name, negate):
+    """The weight of the classifier is negated between the forward and its backward."""
+    vectors = load(name)
+    model, x = vectors.model(), vectors.x[:1]
+    layer, contrast, last = ("5", "10", "12") if name == "vgg" else ("4", "6", "9")
+    simple = contrastive_excitation_backprop(model, x, 3, saliency_layer=layer, contrast_layer=contrast)
+    classifier = get_module(model, last)
+    contrast_probe = Probe(get_module(model, contrast), target="output")
+    probe = Probe(get_module(model, layer), target="output")
     with ExcitationBackpropContext():
-        y = model(x[:1])
-        y[0, 3].backward(retain_graph=True)
-        with torch.no_grad():
-            classifier.weight.neg_()
-        y = model(x[:1])
+        y = model(x)
+        negate(classifier.weight)
         y[0, 3].backward()
+        negate(classifier.weight)
         contrast_probe.contrast = [contrast_probe.data[0].grad]
-        with torch.no_grad():
-            classifier.weight.neg_()
-        y = model(x[:1])
+        y = model(x)
         y[0, 3].backward()
     found = gradient_to_contrastive_excitation_backprop_saliency(probe.data[0])
     assert torch.allclose(found, simple, atol=1e-7)

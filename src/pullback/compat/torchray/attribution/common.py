@@ -182,9 +182,10 @@ def get_module(model: nn.Module, module: str | nn.Module) -> nn.Module | None:
 class Probe:
     """Keep what passes into or out of a module, with its gradient after ``backward()``.
 
-    On each forward of the module its inputs or outputs become `data`, a list of tensors that record gradients in
-    ``data[i].grad``. The model goes on with copies, so that an in-place operation behind the module works and leaves
-    `data` as it was. What is no floating-point tensor stays in the list as it is.
+    On each call of the module its inputs or outputs become `data`, a list of tensors that record gradients in
+    ``data[i].grad``; of several calls it keeps the last (`saliency` sees them all). The model goes on with copies, so
+    that an in-place operation behind the module works and leaves `data` as it was. What is no floating-point tensor
+    stays in the list as it is.
 
     Set `contrast`, a list of tensors, before a forward to subtract them from the gradients that its backward brings;
     with `non_negative_contrast` the difference is clamped at 0.
@@ -395,6 +396,7 @@ class RuleContext(AbstractContextManager[Any]):
         return None
 
     def _rules(self) -> Table:
+        """Give the rules for ordinary autograd."""
         table = self.table()
         assert table is not None
         return table
@@ -498,6 +500,8 @@ def saliency(
     Returns:
         Map ``[batch 1 height width]`` without a graph; with `debug` a pair of it and the dict of probes.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     name = name_of(model, saliency_layer)
     context = context_builder()
     table = context.table() if isinstance(context, RuleContext) else None

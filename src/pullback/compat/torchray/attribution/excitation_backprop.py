@@ -29,7 +29,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from pullback import maps, relu, rules
 from pullback._call import params_of, public, pullback, tell
 from pullback._ops import Operation, Table, operation_of
-from pullback._relevance import LINEAR, LinearRule, Remembering, Share, is_constant, still
+from pullback._relevance import LINEAR, LinearMap, LinearRule, Remembering, Share, is_constant, linear_map, still
 from pullback._shell import named_layers, unwrapped
 from pullback._taps import Layer
 from pullback.compat.torchray._arguments import ArgumentError
@@ -175,6 +175,33 @@ def _told_negative(rule: Callable[..., Any]) -> Callable[..., Any]:
     return Remembering(told)
 
 
+class _Late(torch.autograd.Function):
+    """The rule of linear maps by the weight as it is when the backward comes, on ordinary autograd.
+
+    The usual contrastive example negates the classifier's weight between a forward and its backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, map: LinearMap) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x)
+        ctx.map = map._replace(input=None)
+        return map.biased(map.apply(x, map.weight), map.bias)
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            excited = ctx.map.apply(leaf, ctx.map.weight.detach().clamp(min=0))
+        (back,) = torch.autograd.grad(excited, leaf, relevance / (excited.detach() + 1e-20))
+        return x * back, None
+
+
+def _late(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+    map = linear_map(operation, args, kwargs, memo)
+    return NotImplemented if map is None else _Late.apply(map.input, map)
+
+
 def _table(negated: str | None = None) -> Table:
     """Give TorchRay's rules; those of the layer `negated` as if its weight were of the other sign."""
     table = rules.table_of("excitation_torchray")
@@ -210,6 +237,11 @@ class ExcitationBackpropContext(RuleContext):
 
     def table(self) -> Table:
         return _table() if self.enable else Table()
+
+    def _rules(self) -> Table:
+        table = self.table()
+        late = {operation: _told_negative(_late) for operation in LINEAR if operation in table.rules}
+        return replace(table, rules={**table.rules, **late})
 
 
 # -- maps
