@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from collections import OrderedDict, UserDict, namedtuple
 
 import pytest
 import torch
@@ -642,6 +643,23 @@ def test_probes_on_what_holds_no_floating_point():
     assert set(out) == {"logits", "mask"}
     out["logits"][0, 0].backward()
     assert probe.data[0].grad.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict, namedtuple("Out", "a b"), list])
+def test_probes_keep_what_kind_of_thing_a_module_gives(kind):
+    class Two(nn.Module):
+        def forward(self, x):
+            pair = {"a": x * 2, "b": None}
+            return kind(pair.values()) if kind is list else kind(**pair)
+
+    model, x = Two(), torch.ones(2)
+    probe = Probe(model, target="output")
+    out = model(x)
+    assert type(out) is kind
+    first = out[0] if isinstance(out, tuple | list) else out["a"]
+    first.sum().backward()
+    assert probe.data[0].grad.tolist() == [1, 1]
+    assert probe.data[1] is None
 
 
 def test_probes_of_the_caller_work_inside_the_driver(vgg):

@@ -234,14 +234,14 @@ class Probe:
 
     def _watch(self, value: Any) -> Any:
         """Take the tensors of `value` into `data`, and give it with copies of them."""
-        items = [value] if isinstance(value, Tensor) else [*value.values()] if _is_dict(value) else value
-        if not isinstance(items, list | tuple):
-            items = [items]
+        several = isinstance(value, list | tuple)
+        items = value.values() if isinstance(value, Mapping) else value if several else [value]
         self.data = []
         copies = [self._watch_tensor(i, item) for i, item in enumerate(items)]
-        if _is_dict(value):
-            return type(value)(zip(value, copies, strict=True))
-        if isinstance(value, list | tuple):
+        if isinstance(value, Mapping):
+            named = dict(zip(value, copies, strict=True))
+            return named if type(value) is dict else type(value)(**named)
+        if several:
             return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)
         return copies[0]
 
@@ -258,10 +258,6 @@ class Probe:
             contrast, clamp = self.contrast[i], self.non_negative_contrast
             item.register_hook(lambda gradient: _contrasted(gradient, contrast, clamp))
         return item.clone()
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and type(value) in (dict, OrderedDict)
 
 
 def _contrasted(gradient: Tensor, contrast: Tensor, clamp: bool) -> Tensor:
