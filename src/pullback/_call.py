@@ -289,7 +289,7 @@ def _run_module(
         shell = Shell(model)
         shell.install(params)
         _check_scripted(shell, mode.table)
-    tap = None if edit is None else attach(shell, sites, edit, seen)
+    tap = None if edit is None else attach(shell, sites, _measured(edit, mode), seen)
     followed = [] if mode.table is None or not mode.table.wants_layers else _follow_layers(shell, mode)
     _note_constants(mode, params if compiling() else shell.root)
     with mode:
@@ -316,6 +316,17 @@ def _note_constants(mode: swapped, params: Any) -> None:
     else:
         held = [t for part in (params if isinstance(params, tuple) else (params,)) for t in part.values()]
     mode.table.watch(mode.memo, None, (), {}, [t for t in held if isinstance(t, Tensor)])
+
+
+def _measured(edit: Callable[[Site, int, Tensor], Tensor], mode: swapped) -> Callable[[Site, int, Tensor], Tensor]:
+    """Let the account of sizes start anew at a layer: nothing is pulled back further than there."""
+
+    def edited(site: Site, call: int, tensor: Tensor) -> Tensor:
+        if call == 0:
+            mode.largest = tensor.numel() * tensor.element_size()
+        return edit(site, call, tensor)
+
+    return edited if mode.measures else edit
 
 
 def _follow_layers(shell: Shell, mode: swapped) -> list[Callable[[], None]]:
