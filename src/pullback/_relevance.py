@@ -110,7 +110,9 @@ def watch_constants(memo: dict[str, Any], func: Operation, args: tuple[Any, ...]
 
 def is_constant(t: Any, memo: dict[str, Any]) -> bool:
     """Say whether a tensor does not depend on the input, or has no relevance because it is no floating-point number."""
-    return not isinstance(t, Tensor) or not t.is_floating_point() or bool(recall(memo, "constants", t))
+    if not isinstance(t, Tensor) or isinstance(t, torch.nn.Parameter) or not t.is_floating_point():
+        return True
+    return bool(recall(memo, "constants", t))
 
 
 def mark_constant(t: Tensor, memo: dict[str, Any]) -> Tensor:

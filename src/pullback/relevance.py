@@ -108,7 +108,7 @@ def excitation_backprop(
 
     A winner-take-all walk from the target to the input. It adds up to 1 for each example: at a skip and at a
     concatenation relevance is split in proportion, batch norm and activations hand it on. Where no weight into a unit
-    is positive, its relevance ends. At the input, whose values may be negative, so may be relevance: name a layer.
+    is positive, its relevance ends. Where numbers of both signs are added, as at a skip, shares may be negative.
 
     Args:
         params, model, x, layer, at, output, strict: See `gradient`.

@@ -512,7 +512,7 @@ def composed(linear: Rule, convolution: Rule | None = None, *, zeros: bool = Fal
 
 
 def excitation_table() -> dict[Any, Rule]:
-    """Give the table of excitation backprop: norms and activations pass relevance on, attention weights are constants."""
+    """Give the table of excitation backprop: norms and activations pass on, attention weights are constants."""
     table: dict[Any, Rule] = dict.fromkeys((*_ELEMENTWISE, *_NORMS, F.batch_norm), passing())
     table |= dict.fromkeys((*LINEAR, *SUMMED_PRODUCTS, *PRODUCTS), excitation())
     table |= dict.fromkeys((torch.rsqrt, torch.var, torch.std, torch.softmax), constant())
@@ -588,7 +588,7 @@ def _table(mapping: Mapping[Any, Rule], name: str) -> Table:
     """Make a table of a mapping; one that shares out relevance watches what is constant, and tells what bends."""
     table = Table.of(mapping, name=name)
     watches = [rule.watch for rule in mapping.values() if hasattr(rule, "watch")]
-    return replace(table, watch=watches[0], tell=_TOLD) if watches else table
+    return replace(table, watch=watches[0], tell=_TOLD - set(relu.RECTIFIERS)) if watches else table
 
 
 def table_of(rules: Rules) -> Table | None:
@@ -607,7 +607,7 @@ def table_of(rules: Rules) -> Table | None:
                     "`rules` must map an operation, or a pair (layer name pattern, operation), to a rule, got "
                     f"{key!r}: {rule!r}."
                 )
-        return Table.of({key: _as_rule(rule) for key, rule in rules.items()}, name="The rules")
+        return _table({key: _as_rule(rule) for key, rule in rules.items()}, "The rules")
     if isinstance(rules, type) and issubclass(rules, torch.autograd.Function):
         return rectifier_rules(from_function(rules), f"The rules by {rules.__name__}")
     if callable(rules):
