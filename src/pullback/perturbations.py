@@ -269,8 +269,8 @@ def sobol_attribution(
     .. math:: m_i = \frac{\tfrac{1}{2 n} \sum_s \big( f_t(A_s) - f_t(A_s^{(i)}) \big)^2}{\operatorname{Var} f_t}
 
     the total Sobol index by Jansen's estimator: :math:`A^{(i)}` has cell i from a second draw B. The draws are a
-    Latin hypercube (in the paper a quasi-random sequence). Costs ``samples (cells + 2)`` forwards, shared by all targets
-    under `vmap`.
+    Latin hypercube (in the paper a quasi-random sequence). Costs ``samples (cells + 2)`` forwards, shared by all
+    targets under `vmap`.
 
     Args:
         params, model, x, target, layer, at, output, strict: See `gradient`.
