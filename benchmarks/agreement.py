@@ -16,8 +16,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import _measure
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +54,12 @@ def captum(smoke: bool) -> Iterator[Row]:
     model, x = network(torch.float64)
     params, steps = params_of(model), 8 if smoke else 50
     layer, name = model[3], "3"
-    unit, place = (lambda y: y[:, 2, 1, 1]), (2, 1, 1)
+    best = int(pullback.activation(params, model, x, layer=name)[0].argmax())
+    place = (best // 25, best // 5 % 5, best % 5)
+
+    def unit(y: Tensor) -> Tensor:
+        return y[(slice(None), *place)]
+
     yield Row("gradient", pullback.gradient(params, model, x, T).abs(), attr.Saliency(model).attribute(x, T))
     yield Row(
         "input_x_gradient", pullback.input_x_gradient(params, model, x, T), attr.InputXGradient(model).attribute(x, T)
@@ -102,7 +109,7 @@ def captum(smoke: bool) -> Iterator[Row]:
     yield Row(
         "neuron_conductance",
         pullback.neuron_conductance(params, model, x, T, layer=name, neuron=place, steps=steps),
-        attr.NeuronConductance(model, layer).attribute(x, place, **at),
+        attr.NeuronConductance(model, layer).attribute(x, place, method="gausslegendre", **at),
     )
     signed = pullback.saliency(params, model, x, T, layer=name, reduce=_signed)
     yield Row("Grad-CAM without clamp", signed, attr.LayerGradCam(model, layer).attribute(x, T))
@@ -135,7 +142,7 @@ def pytorch_grad_cam(smoke: bool) -> Iterator[Row]:
         ("layer_cam", "LayerCAM", ""),
         ("xgrad_cam", "XGradCAM", ""),
         ("grad_cam_plus_plus", "GradCAMPlusPlus", ""),
-        ("score_cam", "ScoreCAM", ""),
+        ("score_cam", "ScoreCAM", "they resize masks corner to corner"),
         ("ablation_cam", "AblationCAM", ""),
         ("eigen_cam", "EigenCAM", "sign of the component"),
         ("eigen_grad_cam", "EigenGradCAM", "sign of the component"),
@@ -143,7 +150,7 @@ def pytorch_grad_cam(smoke: bool) -> Iterator[Row]:
         map = getattr(pullback, ours)(params, model, x, T, **at)
         found = getattr(peer, theirs)(model=model, target_layers=[model[3]])(input_tensor=x, targets=[target])
         found = torch.from_numpy(found)
-        if remark:  # whichever sign they got
+        if remark.startswith("sign"):  # whichever they got
             map = min((map, -map), key=lambda m: float((_scaled(m, x) - found).abs().max()))
         yield Row(ours, _scaled(map, x), found, 1e-3, remark)
     full, found = pullback.full_grad(params, model, x, T), peer.FullGrad(model, [])(input_tensor=x, targets=[target])
@@ -160,7 +167,7 @@ def torchcam(smoke: bool) -> Iterator[Row]:
         ("grad_cam", "GradCAM", {}, ""),
         ("layer_cam", "LayerCAM", {}, ""),
         ("xgrad_cam", "XGradCAM", {}, ""),
-        ("grad_cam_plus_plus", "GradCAMpp", {}, ""),
+        ("grad_cam_plus_plus", "GradCAMpp", {}, "they sum activation times third derivative over positions"),
         ("score_cam", "ScoreCAM", {}, "they scale to [0, 1] before resizing"),
         ("is_cam", "ISCAM", {"samples": 3}, "as above"),
     ):
@@ -169,6 +176,14 @@ def torchcam(smoke: bool) -> Iterator[Row]:
         with getattr(peer, theirs)(model, "3", input_shape=(3, 16, 16), **settings) as extractor:
             found = extractor(T, model(x))[0].detach()
         yield Row(ours, maps.normalise(map)[:, 0], found, 1e-3 if not remark else math.inf, remark)
+
+
+def _quantile(values: Any, q: float, interpolation: str) -> Any:
+    """The name that an argument of NumPy had when PAIR saliency was written."""
+    return _numpy_quantile(values, q, method=interpolation)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+_numpy_quantile = np.quantile
 
 
 def pair(smoke: bool) -> Iterator[Row]:
@@ -190,9 +205,10 @@ def pair(smoke: bool) -> Iterator[Row]:
     ours = pullback.integrated_gradients(params, model, x, T, steps=steps + 1, quadrature="trapezoid")
     yield Row("integrated_gradients", ours, found, math.inf, "they count both ends of the path in full")
     for fraction, distance in ((0.25, 0.1), (0.1, 1.0)):
-        found = core.GuidedIG().GetMask(
-            image, call, x_steps=steps, x_baseline=0 * image, fraction=fraction, max_dist=distance
-        )
+        with mock.patch("numpy.quantile", _quantile):
+            found = core.GuidedIG().GetMask(
+                image, call, x_steps=steps, x_baseline=0 * image, fraction=fraction, max_dist=distance
+            )
         ours = pullback.guided_integrated_gradients(
             params, model, x, T, steps=steps, fraction=fraction, max_distance=distance
         )

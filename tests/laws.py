@@ -17,7 +17,7 @@ from typing import Any
 
 import slow
 import torch
-from cases import BY_NAME, CASES, UNSUPPORTED, Case
+from cases import CASES, UNSUPPORTED, Case
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -112,7 +112,9 @@ def some_words(case: Case) -> dict[str, Any]:
 
 
 LAWS |= {
-    "expected_gradients": Law({"samples": 2, "noise": 0.1}, points=2, suited=lambda case: {"baselines": case.x}),
+    "expected_gradients": Law(
+        {"samples": 2, "noise": 0.1}, points=2, reads=2, suited=lambda case: {"baselines": case.x}
+    ),
     "blur_integrated_gradients": Law({"steps": 2, "sigma": 0.3}, points=2),
     "idgi": Law({"steps": 3}, points=4),
     "guided_integrated_gradients": Law({"steps": 3}, points=3, adaptive=2),

@@ -92,6 +92,8 @@ def guided(
             )
             while due > 1e-12 and free:
                 group, free = free[:size], free[size:]
+                while free and abs(float(slope[free[0]].abs() - slope[group[-1]].abs())) < 1e-12:
+                    group.append(free.pop(0))
                 room = sum(float((ahead[i] - moved[i]).abs()) for i in group)
                 share = min(due / room, 1.0)
                 for i in group:

@@ -381,7 +381,11 @@ def expected_gradients(
     def point(k: int) -> Point:
         index = torch.full((1,), k, device=end[0].device)
         alpha, choice = (uniform(seed, index, (), torch.float64, stream)[0] for stream in (0, 1))
-        ends = course.place(leaves.rebuild(_noisy(leaves.tensors, noise, seed, index), lambda v: v)) if noise else end
+        ends = (
+            course.place(leaves.rebuild(_noisy(leaves.tensors, noise, seed, index), lambda v: v))
+            if noise and leaves.floating
+            else end
+        )
         starts = [
             pool.index_select(0, (choice * len(pool)).long().reshape(1)).to(e)
             for pool, e in zip(data, ends, strict=True)
@@ -632,17 +636,20 @@ def _moved(
     due = ((end - point).abs().sum(1) - (1 - alpha) * way.abs().sum(1)).clamp(min=0).unsqueeze(1)
     room = (ahead - point) * way.sign()
     room = torch.where(room > 0, room, torch.zeros_like(room))
-    magnitude = torch.where(room > 0, slope.abs(), torch.full_like(slope, math.inf))
-    order = magnitude.argsort(dim=1, stable=True)
-    # groups of features move together, one group after the other
-    count = order.shape[1]
+    magnitude = slope.abs() / slope.abs().amax(1, keepdim=True)
+    magnitude = (magnitude * 2**20).round()  # what differs by rounding alone is equal
+    magnitude = torch.where(room > 0, magnitude, torch.full_like(slope, math.inf))
+    ranked, count = magnitude.sort(1).values, magnitude.shape[1]
     size = math.floor(fraction * (count - 1)) + 1
-    sorted_room = torch.nn.functional.pad(room.gather(1, order), (0, -count % size))
-    groups = sorted_room.unflatten(1, (-1, size)).sum(2)
-    done = groups.cumsum(1) - groups
-    share = ((due - done) / torch.where(groups == 0, torch.ones_like(groups), groups)).clamp(0, 1)
-    share = share.repeat_interleave(size, 1)[:, :count].gather(1, order.argsort(1))
-    return point + share * room * way.sign()
+    done, below = torch.zeros_like(ranked[:, :1], dtype=torch.long), torch.full_like(ranked[:, :1], -1)
+    for _ in range(math.ceil(count / size)):  # a group of features at a time, with those that are equal to its last
+        top = ranked.gather(1, (done + size - 1).clamp(max=count - 1))
+        space = torch.where((magnitude > below) & (magnitude <= top), room, torch.zeros_like(room))
+        whole = space.sum(1, keepdim=True)
+        share = (due / torch.where(whole == 0, torch.ones_like(whole), whole)).clamp(0, 1)
+        point, due = point + share * space * way.sign(), due - share * whole
+        done, below = (ranked <= top).sum(1, keepdim=True), top
+    return point
 
 
 @public
