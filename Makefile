@@ -1,4 +1,5 @@
 # make demo      explain a photograph with a real network; figure and maps under out/demo/
+# make gallery   every method on one photograph, in docs/gallery.png
 # make test      lint, types, tests, doctests and notebooks
 # make test-all  the slow tests too
 #
@@ -12,12 +13,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all check
+.PHONY: demo gallery test test-all check
 .DELETE_ON_ERROR:
 
 demo: .venv/demo-ready
 	$(BIN)/pullback explain "$$($(BIN)/python -c 'import skimage; print(skimage.data_dir)')/chelsea.png" \
 		--method gradient,guided_backprop,integrated_gradients,grad_cam --targets top5 --out out/demo
+
+gallery: .venv/demo-ready
+	$(BIN)/python benchmarks/gallery.py --out docs/gallery.png
 
 test: check
 	$(PYTEST)
