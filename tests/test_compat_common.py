@@ -728,3 +728,39 @@ def test_public_names():
         "attach_debug_probes get_backward_gradient get_module get_pointing_gradient gradient_to_saliency NullContext "
         "Patch Probe ReLUContext resize_saliency saliency".split()
     )
+
+
+@pytest.mark.parametrize("builder", [NullContext, GuidedBackpropContext, lambda: ReLUContext(OldGuided)])
+def test_a_layer_that_works_in_place(vgg, builder):
+    model, x = vgg
+    twin = copy.deepcopy(model)
+    for module in twin:
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    expected = saliency(twin, x, 3, "1", context_builder=builder)
+    assert torch.allclose(saliency(model, x, 3, "1", context_builder=builder), expected, atol=1e-9)
+    probe = Probe(model[1], target="output")
+    with builder():
+        model(x)[:, 3].sum().backward()
+    assert torch.allclose(gradient_to_saliency(probe.data[0]), expected, atol=1e-9)
+
+
+class SharedInPlace(nn.Module):
+    """A skip that shares the tensor which an in-place ReLU writes to: the skip carries the rectified tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.act, self.body = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        h = self.stem(x)
+        b = self.body(self.act(h))
+        return (h + b).mean((2, 3))
+
+
+@pytest.mark.parametrize("builder", [NullContext, lambda: ReLUContext(OldGuided)], ids=["functional", "autograd"])
+def test_an_in_place_layer_whose_tensor_is_shared(builder):
+    model, x = SharedInPlace().eval(), torch.randn(2, 3, 6, 6)
+    h = model.stem(x).relu().detach().requires_grad_()
+    (h + model.body(h)).mean((2, 3))[:, 1].sum().backward()
+    assert torch.allclose(saliency(model, x, 1, "act", context_builder=builder), gradient_to_saliency(h), atol=1e-7)
