@@ -143,9 +143,8 @@ def _attention(
         scores = scores.masked_fill(~allowed, -math.inf).masked_fill(~allowed.any(-1, keepdim=True), 0)
     with mode.within():
         weights = torch.softmax(scores, -1)
-    if allowed is not None:
-        weights = weights.masked_fill(~allowed, 0)
-    with mode.within():
+        if allowed is not None:  # by the rules too: what they hold of the weights holds of these
+            weights = weights.masked_fill(~allowed, 0)
         return torch.matmul(weights, value)
 
 
