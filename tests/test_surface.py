@@ -47,6 +47,8 @@ smooth_grad_cam_plus_plus
 ss_cam
 xgrad_cam
 contrastive_excitation_backprop
+deep_lift
+deep_lift_shap
 excitation_backprop
 lrp
 full_grad
