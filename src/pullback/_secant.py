@@ -84,23 +84,45 @@ def _quotient(operation: Operation, x: Any, y: Any, *, pair: tuple[Any, ...], **
     return product(torch.mul, x, inverse, b, c.reciprocal())
 
 
-def _exponentials(x: Tensor, b: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give exp(x - shift) and exp(b - shift), with one shift for both, and the shift."""
-    lowest = torch.finfo(x.dtype).min
+def _read(v: Tensor, places: Tensor, axes: int) -> Tensor:
+    """Read values at flat places of the last axes."""
+    return v.flatten(-axes).gather(-1, places.flatten(-axes)).reshape(places.shape)
+
+
+def _largest(x: Tensor, b: Tensor, largest: Callable[[Tensor], tuple[Tensor, Tensor]], axes: int) -> Tensor:
+    """Give the largest values, whose difference is shared between the places where they are, at `x` and at `b`."""
+    at = still(x)
+    (y, here), (y_, there) = largest(at), largest(b)
+    larger = torch.maximum(y, y_)
+    for places, gained in ((here, larger - y_), (there, y - larger)):
+        way = _read(at - b, places, axes)
+        flat = way.abs() < CLOSE
+        share = torch.where(flat, torch.zeros_like(way), gained / torch.where(flat, torch.ones_like(way), way))
+        y = y + share * _read(x - at, places, axes)
+    return y
+
+
+def _exponentials(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give exp(x - max x) and exp(b - max b) over the last axis, and max x: neither can vanish or overflow."""
+    lowest = torch.finfo(x.dtype).min / 4
     x, b = x.clamp(min=lowest), b.clamp(min=lowest)
-    shift = torch.maximum(still(x), b).amax(axis, keepdim=True)
-    return secant(torch.exp, x - shift, b - shift), (b - shift).exp(), shift
+    most = _largest(x, b, lambda v: v.max(-1, keepdim=True), 1)
+    x, b = x - most, b - b.amax(-1, keepdim=True)
+    return secant(torch.exp, x, b), b.exp(), most
 
 
 def _softmax(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Tensor:
     (axis,) = arguments(args[:1], kwargs, ("dim", None))
     if axis is None:
         return NotImplemented
-    e, e_, shift = _exponentials(x, pair[0], axis)
-    total, total_ = e.sum(axis, keepdim=True), e_.sum(axis, keepdim=True)
+    x = x.movedim(axis, -1)
+    e, e_, most = _exponentials(x, pair[0].movedim(axis, -1))
+    total, total_ = e.sum(-1, keepdim=True), e_.sum(-1, keepdim=True)
     if operation is torch.log_softmax:
-        return x - shift - secant(torch.log, total, total_)
-    return product(torch.mul, e, secant(torch.reciprocal, total, total_), e_, total_.reciprocal())
+        y = x - most - secant(torch.log, total, total_)
+    else:
+        y = product(torch.mul, e, secant(torch.reciprocal, total, total_), e_, total_.reciprocal())
+    return y.movedim(-1, axis)
 
 
 def _standardised(x: Tensor, b: Tensor, axes: Sequence[int], eps: float, centred: bool = True) -> Tensor:
@@ -168,20 +190,8 @@ def _max_pool(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...]
     """Share the difference of the two maxima between the places where they are."""
     if kwargs.pop("return_indices", False):
         return NotImplemented
-    b, at = pair[0], still(x)
     spatial = int(operation.__name__[-2])
-    (y, here), (y_, there) = (operation(v, *args, return_indices=True, **kwargs) for v in (at, b))
-
-    def read(v: Tensor, places: Tensor) -> Tensor:
-        return v.flatten(-spatial).gather(-1, places.flatten(-spatial)).reshape(places.shape)
-
-    larger = torch.maximum(y, y_)
-    for places, gained in ((here, larger - y_), (there, y - larger)):
-        way = read(at - b, places)
-        flat = way.abs() < CLOSE
-        share = torch.where(flat, torch.zeros_like(way), gained / torch.where(flat, torch.ones_like(way), way))
-        y = y + share * read(x - at, places)
-    return y
+    return _largest(x, pair[0], lambda v: operation(v, *args, return_indices=True, **kwargs), spatial)
 
 
 def _rules() -> dict[Operation, Paired]:
