@@ -1,0 +1,250 @@
+"""Relevance methods: conservation on real architectures, TorchRay's and captum's answers, completeness of DeepLIFT."""
+
+import json
+import lzma
+import warnings
+from pathlib import Path
+from typing import Any
+
+import captum_cases
+import pytest
+import torch
+from cases import CASES
+from compat import NETWORKS, assert_equal, load
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from pullback import (
+    contrastive_excitation_backprop,
+    deep_lift,
+    deep_lift_shap,
+    excitation_backprop,
+    lrp,
+    over_targets,
+    params_of,
+    rules,
+)
+
+# ---- excitation backprop ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torchray_returns_the_same(name):
+    vectors = load(name)
+    model, compared = vectors.model(), 0
+    params = params_of(model)
+    for case in vectors.cases:
+        options, function = case["options"], case["function"].rpartition(".")[2]
+        if function not in ("excitation_backprop", "contrastive_excitation_backprop") or options.get("resize"):
+            continue
+        args, layer = (params, model, vectors.x, options["target"]), options["saliency_layer"]
+        if function == "excitation_backprop":
+            found = excitation_backprop(*args, layer=layer).sum(1, keepdim=True)
+        else:
+            where = {"contrast_layer": options["contrast_layer"], "classifier": options.get("classifier_layer")}
+            found = contrastive_excitation_backprop(*args, layer=layer, **where).sum(1, keepdim=True).clamp(min=0)
+        assert_equal(found, vectors.results(case)[0])
+        compared += 1
+    assert compared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("resnet50", ("maxpool", "layer1", "layer3")), ("densenet121", ("features.pool0", "features.denseblock3"))],
+)
+def test_excitation_sums_to_one_on_networks_as_they_come(name, names):
+    models = pytest.importorskip("torchvision.models")
+    model, x = getattr(models, name)().eval(), torch.randn(1, 3, 128, 128)
+    for layer in names:
+        total = over_targets(excitation_backprop)(params_of(model), model, x, [3, 700], layer=layer).sum((1, 2, 3, 4))
+        torch.testing.assert_close(total, torch.ones(2), rtol=1e-4, atol=1e-4)
+
+
+def test_contrastive_errors():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    params, x = params_of(model), torch.rand(1, 3)
+    with pytest.raises(ValueError, match=r"`classifier` must name a layer with a weight, got '1': no `1.weight`"):
+        contrastive_excitation_backprop(params, model, x, 0, contrast_layer="0", classifier="1")
+    with pytest.raises(ValueError, match="`classifier` must be named"):
+        contrastive_excitation_backprop({}, nn.ReLU(), x, 0, contrast_layer="")
+    with pytest.raises(TypeError, match=r"`model` must be a torch.nn.Module"):
+        contrastive_excitation_backprop({}, lambda p, x: x, x, 0, contrast_layer="")
+
+
+# ---- conservation -------------------------------------------------------------------------------------------------
+
+
+def small(name: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """A small one of its kind, and layers that all of the score comes from."""
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    if name == "vgg":
+        features = models.vgg.make_layers([8, "M", 8, "M"], batch_norm=True)
+        model = models.VGG(features, 5)
+        model.classifier = nn.Sequential(nn.Linear(392, 16), nn.ReLU(inplace=True), nn.Linear(16, 5))
+        return model, ("", "features.3")
+    if name == "resnet":
+        return models.resnet18(num_classes=5), ("", "layer1", "layer2.0")
+    if name == "densenet":
+        return models.DenseNet(4, (2, 2), 8, num_classes=5), ("", "features.transition1")
+    if name == "vit":
+        model = models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5)
+        nn.init.normal_(model.heads.head.weight)
+        return model, ("encoder.dropout", "encoder.layers.encoder_layer_0")  # the class token has a share below
+    return models.SwinTransformer([4, 4], 16, [2, 2], [2, 2], [2, 2], num_classes=5), ("", "features.1")
+
+
+@pytest.mark.parametrize("composite", ["cp_lrp", "z_plus"])
+@pytest.mark.parametrize("name", ["vgg", "resnet", "densenet", "vit", "swin"])
+def test_conserved_on_vision_models(name, composite):
+    model, names = small(name)
+    model = model.double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    chosen = rules.cp_lrp(1e-14, bias=False)
+    if composite == "z_plus":
+        chosen |= {F.conv2d: rules.z_plus(1e-14, bias=False)}
+    with torch.no_grad():
+        expected = model(x)[:, 1]
+    for layer in names:
+        relevance = lrp(params_of(model), model, x, 1, layer=layer, rules=chosen, strict=True)
+        torch.testing.assert_close(relevance.flatten(1).sum(1), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_conserved_on_language_models(name, attention):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": 30, "attn_implementation": attention}
+    ids: Any = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+    if name == "bert":
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=3, **sizes))
+        names = ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1.attention.output")
+        target: Any = 1
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=1, **sizes))
+        names = ("model.embed_tokens", "model.layers.0")
+        target = lambda y: y[:, -1, 7]  # noqa: E731
+    model = model.double().eval()
+    logits = model(**ids).logits.detach()
+    expected = logits[:, 1] if name == "bert" else logits[:, -1, 7]
+    options = {"output": "logits", "rules": rules.cp_lrp(1e-14, bias=False), "strict": True}
+    for layer in names:
+        relevance = lrp(params_of(model), model, ids, target, layer=layer, **options)
+        torch.testing.assert_close(relevance.flatten(1).sum(1), expected, rtol=1e-6, atol=1e-8)
+
+
+# ---- DeepLIFT -----------------------------------------------------------------------------------------------------
+
+PAIRED = [case for case in CASES if case.targets and not case.integer and case.name not in ("lstm", "checkpoint")]
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=lambda case: case.name)
+def test_differences_add_up(case):
+    """Skips, functional activations, reuse, softmax, norms, gates: to rounding."""
+    model, x = case.model(), case.x
+    baseline = pytree.tree_map(lambda t: 0.5 * torch.randn_like(t) if t.is_floating_point() else t, x)
+    score = lambda y: y[:, 1].flatten(1).sum(1) if y.ndim > 2 else y[:, 1]  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = deep_lift(params_of(model), model, x, score, baseline=baseline, strict=True, **case.options)
+    total = torch.stack([t.flatten(1).sum(1) for t in pytree.tree_leaves(found) if isinstance(t, Tensor)]).sum(0)
+    twin = case.twin()
+    expected = score(case.call(twin, x)) - score(case.call(twin, baseline))
+    torch.testing.assert_close(total, expected.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_rescale_by_hand():
+    """Eq. 3.5.1: the multiplier of a nonlinearity is the secant."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, b = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    u, v = model[0](x), model[0](b)
+    slope = (u.tanh() - v.tanh()) / (u - v)
+    expected = (model[2].weight[1] * slope) @ model[0].weight * (x - b)
+    torch.testing.assert_close(deep_lift(params_of(model), model, x, 1, baseline=b), expected.detach())
+    at_layer = deep_lift(params_of(model), model, x, 1, baseline=b, layer="1")
+    torch.testing.assert_close(at_layer, (model[2].weight[1] * (u.tanh() - v.tanh())).detach())
+
+
+def test_many_baselines_are_the_mean():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double(), torch.randn(2, 3).double()
+    others = torch.randn(5, 3).double()
+    each = [deep_lift(params_of(model), model, x, 1, baseline=b) for b in others]
+    found = deep_lift_shap(params_of(model), model, x, 1, baselines=others)
+    torch.testing.assert_close(found, torch.stack(each).mean(0))
+
+
+def test_deep_lift_errors():
+    model, x = nn.Linear(3, 2), torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"`baseline` must broadcast to `x`, \[2, 3\], got \[4\]"):
+        deep_lift({}, model, x, 0, baseline=torch.ones(4))
+    with pytest.raises(ValueError, match=r"`baselines` must hold the same number of samples, at least 1, got \[0\]"):
+        deep_lift_shap({}, model, x, 0, baselines=torch.ones(0, 3))
+
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.tanh() if x.sum() > 0 else x.exp()
+
+    with pytest.raises(ValueError, match=r"`baseline` must take the model the way `x` does.*first at `tanh`"):
+        deep_lift({}, Branching(), x, 0, baseline=-x)
+
+
+# ---- captum -------------------------------------------------------------------------------------------------------
+
+STORED = json.loads(lzma.decompress((Path(__file__).parent / "data" / "captum_relevance.json.xz").read_bytes()))
+# where captum's answer is not ours: ours is held to the sum that it must have
+DIFFERENT = {
+    "test_softmax_classification_batch_zero_baseline": "takes a mean over the batch: examples change one another",
+    "test_softmax_classification_zero_baseline": "saturated; no more than rounding errors are left",
+    "test_lrp_multi_inputs": "hands the whole relevance of a functional `+` to both summands",
+    "test_lrp_ixg_equivalency": "dropout was active",
+}
+EPSILON, GAMMA, ALPHA = rules.epsilon(1e-9), rules.gamma(1.0, 1e-9), rules.z_plus(1e-9)
+IDENTITY = rules.passing()  # each output to the input of the same place, where layers are square
+RULES = {"EpsilonRule": EPSILON, "GammaRule": GAMMA, "Alpha1_Beta0_Rule": ALPHA, "IdentityRule": IDENTITY}
+
+
+def more_of(options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Inputs that are not explained."""
+    more = options.get("more", ())
+    return tuple(torch.as_tensor(v) for v in (more if isinstance(more, tuple | list) else (more,)))
+
+
+@pytest.mark.parametrize("case", STORED["cases"], ids=lambda case: f"{case['method']}-{case['name']}")
+def test_captum_returns_the_same(case):
+    options = captum_cases.value(case["options"])
+    model = captum_cases.model_of(STORED["models"][case["model"]])
+    x = captum_cases.value(case["inputs"])
+    x = (x if isinstance(x, tuple) else (x,)) + more_of(options)
+    target = captum_cases.chosen(options.get("target"))
+    if target is None:
+        target = lambda y: y.reshape(len(y), -1).sum(1)  # noqa: E731
+    where = {"layer": case["layer"], "at": "input" if options.get("at_input") else "output"} if case["layer"] else {}
+    if "Lift" in case["method"]:
+        baseline = options.get("baseline")
+        found = deep_lift(params_of(model), model, x, target, **where, baseline=(
+            baseline if isinstance(baseline, tuple) or baseline is None else (baseline,)
+        ))  # fmt: skip
+    else:
+        chosen: dict[Any, Any] = rules.composed(EPSILON)
+        for name, rule in (options.get("rules") or {}).items():
+            chosen |= {(name, operation): RULES[rule] for operation in (F.linear, F.conv2d)}
+        found = lrp(params_of(model), model, x, target, **where, rules=chosen)
+    found = [t for t in pytree.tree_leaves(found) if t is not None]
+    expected = pytree.tree_leaves(captum_cases.value(case["expected"]))
+    assert len(found) == len(expected)
+    if case["name"] in DIFFERENT:
+        score = pullback._call.score(model(*x), target)
+        start = torch.zeros_like(score)
+        if "Lift" in case["method"]:
+            start = pullback._call.score(model(*(0 * t for t in x)), target)
+        total = torch.stack([t.flatten(1).sum(1) for t in found]).sum(0)
+        torch.testing.assert_close(total, (score - start).detach(), rtol=1e-4, atol=1e-4)
+        return
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4 * float(b.abs().max()) + 1e-5)
