@@ -25,6 +25,7 @@ from pullback import (
     params_of,
     rules,
 )
+from pullback._call import score
 
 # ---- excitation backprop ------------------------------------------------------------------------------------------
 
@@ -148,13 +149,13 @@ def test_differences_add_up(case):
     """Skips, functional activations, reuse, softmax, norms, gates: to rounding."""
     model, x = case.model(), case.x
     baseline = pytree.tree_map(lambda t: 0.5 * torch.randn_like(t) if t.is_floating_point() else t, x)
-    score = lambda y: y[:, 1].flatten(1).sum(1) if y.ndim > 2 else y[:, 1]  # noqa: E731
+    one = lambda y: y[:, 1].flatten(1).sum(1) if y.ndim > 2 else y[:, 1]  # noqa: E731
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = deep_lift(params_of(model), model, x, score, baseline=baseline, strict=True, **case.options)
+        found = deep_lift(params_of(model), model, x, one, baseline=baseline, strict=True, **case.options)
     total = torch.stack([t.flatten(1).sum(1) for t in pytree.tree_leaves(found) if isinstance(t, Tensor)]).sum(0)
     twin = case.twin()
-    expected = score(case.call(twin, x)) - score(case.call(twin, baseline))
+    expected = one(case.call(twin, x)) - one(case.call(twin, baseline))
     torch.testing.assert_close(total, expected.detach(), rtol=1e-9, atol=1e-9)
 
 
@@ -239,12 +240,12 @@ def test_captum_returns_the_same(case):
     expected = pytree.tree_leaves(captum_cases.value(case["expected"]))
     assert len(found) == len(expected)
     if case["name"] in DIFFERENT:
-        score = pullback._call.score(model(*x), target)
-        start = torch.zeros_like(score)
+        total_score = score(model(*x), target)
+        start = torch.zeros_like(total_score)
         if "Lift" in case["method"]:
-            start = pullback._call.score(model(*(0 * t for t in x)), target)
+            start = score(model(*(0 * t for t in x)), target)
         total = torch.stack([t.flatten(1).sum(1) for t in found]).sum(0)
-        torch.testing.assert_close(total, (score - start).detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(total, (total_score - start).detach(), rtol=1e-4, atol=1e-4)
         return
     for a, b in zip(found, expected):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4 * float(b.abs().max()) + 1e-5)
