@@ -515,10 +515,9 @@ def test_ordinary_autograd_goes_through_as_well(name):
 
         loss(params, x).backward()
         by_params, by_x = grad(loss, argnums=(0, 1))(params, x)
-        torch.testing.assert_close(x.grad, by_x, **TIGHT)
-        for key, value in params.items():
-            ours = torch.zeros_like(value) if value.grad is None else value.grad
-            torch.testing.assert_close(ours, by_params[key], **TIGHT)
+        for leaf, theirs in ((x, by_x), *((value, by_params[key]) for key, value in params.items())):
+            ours = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            torch.testing.assert_close(ours, theirs, **TIGHT)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
