@@ -38,7 +38,7 @@ def windows(size: int, window: int, stride: int, device: torch.device | None = N
         >>> windows(5, 2, 2).int().tolist()
         [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
     """
-    count = 1 + max(0, math.ceil((size - window) / stride))
+    count = min(1 + max(0, math.ceil((size - window) / stride)), math.ceil(size / stride))
     start = torch.arange(count, device=device)[:, None] * stride
     place = torch.arange(size, device=device)
     return (place >= start) & (place < start + window)
@@ -114,7 +114,7 @@ def grid_masks(grids: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:
         cell = math.ceil(length / cells)
         scale = math.ceil((length + cell) / cells)
         row = scale + shifts[:, axis, None] + torch.arange(length, device=grids.device)
-        place = ((row + 0.5) / scale - 0.5).clamp(0, cells + 1).to(grids.dtype)  # in cells of the reflected grid
+        place = ((row.to(grids.dtype) + 0.5) / scale - 0.5).clamp(0, cells + 1)  # in cells of the reflected grid
         weight = (1 - (place[..., None] - torch.arange(cells + 2, device=grids.device)).abs()).clamp(min=0)
         reflected = masks.index_select(1 + axis, torch.tensor([1, *range(cells), cells - 2], device=grids.device))
         lines = rearrange(reflected.movedim(1 + axis, 1).unsqueeze(-1), "mask cell ... -> mask cell (...)")
@@ -148,6 +148,8 @@ def _reach(step: int, sigma: float, axes: int) -> tuple[int, int, Tensor, Tensor
 
 def smooth_grid(size: Sequence[int], step: int) -> tuple[int, ...]:
     """Give how many parameters draw a smooth mask of `size`, along each axis."""
+    if step < 1:
+        raise ValueError(f"`step` must be at least 1, got {step}.")
     return tuple(math.ceil(n / step) for n in size)
 
 
@@ -201,8 +203,8 @@ def smooth_masks(
     Reference:
         Fong, Patrick & Vedaldi, Understanding Deep Networks via Extremal Perturbations, 2019, sec. 3.2.
     """
-    if step < 1 or not sigma > 0:
-        raise ValueError(f"`step` and `sigma` must be positive, got {step} and {sigma}.")
+    if not sigma > 0:
+        raise ValueError(f"`sigma` must be positive, got {sigma}.")
     if pooling not in ("softmax", "sum", "sigmoid"):
         raise ValueError(f"`pooling` must be 'softmax', 'sum' or 'sigmoid', got {pooling!r}.")
     grid = smooth_grid(size, step)
@@ -301,8 +303,8 @@ def _laid_out(
         patches = patches.unflatten(1 + axis, (taps, step))
         around = [0, 0] * (axes - 1 - axis)
         laid = [
-            F.pad(patches.select(1 + axis, tap), (*around, tap, taps - 1 - tap), value=-math.inf if highest else 0.0)
-            for tap in range(taps)
+            F.pad(patch, (*around, tap, taps - 1 - tap), value=-math.inf if highest else 0.0)
+            for tap, patch in enumerate(patches.unbind(1 + axis))
         ]
         patches = torch.stack(laid).amax(0) if highest else sum(laid[1:], laid[0])
     # [mask *phase *block] -> [mask *(block phase)]
