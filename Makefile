@@ -1,5 +1,5 @@
 # make demo      explain a photograph with a real network; figure and maps under out/demo/
-# make gallery   every method on one photograph, in docs/gallery.png
+# make gallery   every method on one photograph, in docs/gallery.jpg
 # make test      lint, types, tests, doctests and notebooks
 # make test-all  the slow tests too
 #
@@ -21,7 +21,7 @@ demo: .venv/demo-ready
 		--method gradient,guided_backprop,integrated_gradients,grad_cam --targets top5 --out out/demo
 
 gallery: .venv/demo-ready
-	$(BIN)/python benchmarks/gallery.py --out docs/gallery.png
+	$(BIN)/python benchmarks/gallery.py --out docs/gallery.jpg
 
 test: check
 	$(PYTEST)

@@ -1,6 +1,6 @@
 """One montage of every path, noise, gradient and CAM method on one photograph, with a trained network.
 
-    make gallery        writes docs/gallery.png
+    make gallery        writes docs/gallery.jpg
 
 A person looks at it after every change: a method that went wrong shows.
 """
@@ -78,7 +78,7 @@ def methods(
 
 
 def main() -> None:
-    options = _measure.arguments(__doc__ or "", out="docs/gallery.png", target=285)
+    options = _measure.arguments(__doc__ or "", out="docs/gallery.jpg", target=285)
     if options.smoke:
         model, size = _measure.network("tiny", "cpu")
         image = np.random.default_rng(0).random((size, size, 3))
@@ -105,9 +105,9 @@ def main() -> None:
 def write(image: np.ndarray, found: dict[str, Tensor], path: Path | None) -> None:
     pyplot = needed("plot", "matplotlib.pyplot")[0]
     overlay = needed("plot", "pullback.plot")[0].overlay
-    columns = 6
+    columns = 8
     figure, axes = pyplot.subplots(
-        math.ceil((len(found) + 1) / columns), columns, figsize=(9, 11), layout="constrained"
+        math.ceil((len(found) + 1) / columns), columns, figsize=(12, 8.3), layout="constrained"
     )
     for ax in axes.flat:
         ax.set_axis_off()
@@ -118,9 +118,7 @@ def write(image: np.ndarray, found: dict[str, Tensor], path: Path | None) -> Non
         ax.set_title(name, fontsize=6)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
-        pillow = needed("cli", "PIL.Image")[0]
-        pillow.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+        figure.savefig(path, dpi=100, pil_kwargs={"quality": 85})
         print(path)
 
 

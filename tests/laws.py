@@ -111,6 +111,8 @@ def some_words(case: Case) -> dict[str, Any]:
     return {"words": torch.randn(11, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)}
 
 
+SEGMENTS = torch.arange(36).reshape(6, 6) // 7 == torch.arange(6).reshape(6, 1, 1)
+
 LAWS |= {
     "expected_gradients": Law(
         {"samples": 2, "noise": 0.1}, points=2, reads=2, suited=lambda case: {"baselines": case.x}
@@ -134,7 +136,7 @@ LAWS |= {
     "refine_cam": Law(suited=at_its_layers),
     "guided_grad_cam": Law(points=2, rules=True),
     "full_grad": Law(points=2),
-    "xrai": Law({"steps": 2, "segments": torch.arange(36).reshape(6, 6) // 7}, points=4),
+    "xrai": Law({"steps": 2, "segments": SEGMENTS}, points=4),
 }
 
 TRANSFORMS = {

@@ -593,7 +593,8 @@ def _sum_calls(tensors: Sequence[Tensor], site: Site) -> Tensor:
 
 def activations_at(params: Params, model: nn.Module, x: Inputs, site: Site, real: bool = False) -> tuple[Seen, ...]:
     if compiling():
-        return _PLANS[_plan(model, site.name, site.at, site.part, described(x))]
+        plan = _plan(model, site.name, site.at, site.part, described(x))
+        return tuple(Seen(torch.Size(shape), dtype, through) for shape, dtype, through in plan)
     seen = None if real else known(model, x, site)
     if seen is None:
         found, real = probe(params, model, x, (site,), real)
@@ -607,10 +608,7 @@ def activations_at(params: Params, model: nn.Module, x: Inputs, site: Site, real
     return seen
 
 
-_PLANS: dict[Any, tuple[Seen, ...]] = {}
-
-
-def _plan(model: nn.Module, name: str, at: str, part: int | str | None, shapes: Any) -> int:
+def _plan(model: nn.Module, name: str, at: str, part: int | str | None, shapes: Any) -> tuple[Any, ...]:
     """Probe while a compiled call is traced."""
     site = Site(name, at, part)
 
@@ -627,9 +625,7 @@ def _plan(model: nn.Module, name: str, at: str, part: int | str | None, shapes: 
 
     with unset_fake_temporarily():
         found, _ = probe({}, model, example(shapes), (site,))
-    key = hash((id(model), name, at, part, shapes))
-    _PLANS[key] = found[site]
-    return key
+    return tuple((tuple(seen.shape), seen.dtype, seen.through) for seen in found[site])
 
 
 _plan._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -1136,7 +1136,10 @@ def _maps_at(layers: Sequence[str], method: Method, *args: Any, **options: Any) 
     if isinstance(layers, str) or not layers:
         raise ValueError(f"`layers` must be a list of names, got {layers!r}.")
     found = [method(*args, layer=layer, **options) for layer in layers]
-    size = max((map.shape[2:] for map in found), key=lambda sides: sides.numel())
+    finest = found[0]
+    for map in found:
+        finest = map if map[0].numel() > finest[0].numel() else finest
+    size = finest.shape[2:]
     return torch.stack([map if map.shape[2:] == size else maps.resize(map, size) for map in found])
 
 
