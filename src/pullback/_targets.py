@@ -158,7 +158,8 @@ def shared_pull(back: Back, outputs: tuple[Tensor, ...]) -> Pull:
     zeros = tuple(torch.zeros_like(output) for output in outputs)
 
     def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
-        return back((cotangent, *zeros[1:]))
+        gradients = back((cotangent, *zeros[1:]))
+        return gradients if readable(cotangent) else tuple(_poisoned(g, cotangent) for g in gradients)
 
     running = _running()
     if running is None:
@@ -190,6 +191,15 @@ def shared_pull(back: Back, outputs: tuple[Tensor, ...]) -> Pull:
 
 def _is_mapped(tensor: Tensor, level: int) -> bool:
     return functorch.is_batchedtensor(tensor) and functorch.maybe_get_level(tensor) == level
+
+
+def _poisoned(gradient: Tensor, cotangent: Tensor) -> Tensor:
+    """Keep the NaN of an index that is no class: a rectifier that is off would drop it, and leave zeros."""
+    bad = (cotangent - cotangent).to(gradient.dtype)
+    bad = bad.reshape(bad.shape[0], -1).sum(1) if bad.ndim else bad
+    if gradient.ndim and gradient.shape[:1] == bad.shape:
+        return gradient + bad.reshape(-1, *[1] * (gradient.ndim - 1))
+    return gradient + bad.sum()
 
 
 def _in_chunks(pull: Pull, cotangents: Tensor, size: int) -> list[Tensor]:
