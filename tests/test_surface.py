@@ -51,6 +51,9 @@ deep_lift
 deep_lift_shap
 excitation_backprop
 lrp
+attention_relevance
+attention_rollout
+attention_weights
 full_grad
 felzenszwalb_segments
 xrai

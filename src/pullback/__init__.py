@@ -6,6 +6,9 @@ from pullback._call import layers as layers
 from pullback._call import params_of as params_of
 from pullback._taps import Layer as Layer
 from pullback._targets import over_targets as over_targets
+from pullback.attention import attention_relevance as attention_relevance
+from pullback.attention import attention_rollout as attention_rollout
+from pullback.attention import attention_weights as attention_weights
 from pullback.cam import ablation_cam as ablation_cam
 from pullback.cam import cam as cam
 from pullback.cam import eigen_cam as eigen_cam
@@ -110,6 +113,9 @@ __all__ = [
     "deep_lift_shap",
     "excitation_backprop",
     "lrp",
+    "attention_relevance",
+    "attention_rollout",
+    "attention_weights",
     "full_grad",
     "felzenszwalb_segments",
     "xrai",
