@@ -215,9 +215,9 @@ def pair(smoke: bool) -> Iterator[Row]:
         yield Row(f"guided_integrated_gradients, {fraction}, {distance}", ours, theirs(found), 1e-2)
     found = theirs(core.BlurIG().GetMask(image, call, max_sigma=4, steps=steps, grad_step=0.001))
     ours = pullback.blur_integrated_gradients(
-        params, model, x, T, sigma=4 / 16, steps=steps, quadrature="riemann_left", padding="zeros"
+        params, model, x, T, sigma=4 / 16, steps=steps, quadrature="riemann_right", padding="zeros"
     )
-    yield Row("blur_integrated_gradients", ours, found, math.inf, "they take differences, and steps of another end")
+    yield Row("blur_integrated_gradients", ours, found, math.inf, "they take differences, and cut each blur at 4 sigma")
     segments = [torch.rand(16, 16, generator=torch.Generator().manual_seed(k)) > 0.7 for k in range(12)]
     attribution = pullback.gradient(params, model, x, T)
     parameters = core.XRAIParameters(area_threshold=1.0, steps=steps)
