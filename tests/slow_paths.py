@@ -64,7 +64,7 @@ def idgi(call: Call, points: Sequence[Tensor], target: object) -> Tensor:
         for i in range(len(g)):
             norm = float((g[i] ** 2).sum())
             if norm > 0:
-                total[i] += (g[i] ** 2) / norm * float(after[i] - before[i])
+                total[i] += (g[i] ** 2) / norm * (after[i] - before[i]).item()
     return total
 
 
