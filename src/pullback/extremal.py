@@ -129,6 +129,7 @@ def extremal_perturbation(
     iterations: int = 800,
     step: int = 7,
     sigma: float = 21.0,
+    learning_rate: float = 0.01,
     jitter: bool = True,
     tolerance: float | None = None,
     layer: str = "",
@@ -163,6 +164,7 @@ def extremal_perturbation(
         iterations: Steps of gradient ascent.
         step: Pixels from mask parameter to mask parameter.
         sigma: Smoothness of the mask in pixels.
+        learning_rate: Of the ascent; larger with fewer iterations.
         jitter: Mirror the perturbed input in every other iteration. Not at layers.
         tolerance: Stop an example's mask when it moves less than this in 20 iterations; its result does not depend on
             the other examples.
@@ -246,6 +248,7 @@ def extremal_perturbation(
             step=step,
             sigma=sigma,
             iterations=iterations,
+            learning_rate=learning_rate,
             tolerance=tolerance,
             progress=lambda done: report(progress, rows.start * iterations + done * len(rows), total * iterations),
         )
