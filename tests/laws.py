@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import pullback
+from pullback import rules
 
 Method = Callable[..., Any]
 
@@ -113,6 +114,13 @@ def some_words(case: Case) -> dict[str, Any]:
 
 SEGMENTS = torch.arange(36).reshape(6, 6) // 7 == torch.arange(6).reshape(6, 1, 1)
 
+
+def another_start(case: Case) -> Any:
+    """A baseline of one example, and no mask over everything."""
+    start = pytree.tree_map(lambda part: (0.3 if part.is_floating_point() else 0) * part[:1].flip(-1), case.x)
+    return {k: v for k, v in start.items() if k != "attention_mask"} if isinstance(start, dict) else start
+
+
 LAWS |= {
     "expected_gradients": Law(
         {"samples": 2, "noise": 0.1}, points=2, reads=2, suited=lambda case: {"baselines": case.x}
@@ -121,7 +129,7 @@ LAWS |= {
     "idgi": Law({"steps": 3}, points=4),
     "guided_integrated_gradients": Law({"steps": 3}, points=3, adaptive=2),
     "discretised_integrated_gradients": Law({"steps": 3, "neighbours": 4}, points=4, reads=1, suited=some_words),
-    "integrated_hessians": Law({"steps": 2}, points=4),
+    "integrated_hessians": Law({"steps": 2}, points=5),
     "internal_influence": Law({"steps": 2}, points=2),
     "conductance": Law({"steps": 2}, points=4),
     "neuron_conductance": Law({"steps": 2, "neuron": torch.ones((), dtype=torch.float64)}, points=4),
@@ -136,6 +144,11 @@ LAWS |= {
     "refine_cam": Law(suited=at_its_layers),
     "guided_grad_cam": Law(points=2, rules=True),
     "full_grad": Law(points=2),
+    "lrp": Law({"rules": rules.epsilon_plus(1.0)}, basis=True),  # further from the poles of small denominators
+    "contrastive_excitation_backprop": Law(points=3, suited=lambda case: {"contrast_layer": case.layers[0]}),
+    "deep_lift": Law(points=2, basis=True, suited=lambda case: {"baseline": another_start(case)}),
+    "deep_lift_shap": Law(points=4, suited=lambda case: {"baselines": case.x}),
+    "attention_relevance": Law(points=2),
     "xrai": Law({"steps": 2, "segments": SEGMENTS}, points=4),
 }
 
@@ -211,6 +224,8 @@ CURVED_AFTER: set[str] = set()
 CLASSIFIES = {case.name for case in CASES if case.targets and case.call(case.twin(), case.x).ndim == 2}
 
 GROUPED = "feature_ablation feature_permutation shapley_values shapley_sampling kernel_shap lime".split()
+
+RELEVANCE = ("lrp", "excitation_backprop", "contrastive_excitation_backprop", "deep_lift", "deep_lift_shap")
 
 EXCEPTIONS: list[Exempt] = [
     Exempt(
@@ -295,6 +310,26 @@ EXCEPTIONS: list[Exempt] = [
     ),
     Exempt(
         "call",
+        "there are no attention weights to read",
+        ValueError,
+        "`model` has no self-attention",
+        methods=lambda name: name == "attention_relevance",
+        cases=lambda case: not any(word in case.name for word in ("attention", "encoder", "dot product")),
+        who="`attention_relevance`",
+        on="models without self-attention",
+    ),
+    Exempt(
+        "call",
+        "the steps of a fused recurrent layer are out of sight: told, and its own derivative taken",
+        (pullback.PullbackWarning, RuntimeError),
+        "do not cover `lstm`|aten::lstm",
+        methods=lambda name: name in RELEVANCE,
+        cases=lambda case: case.name == "lstm",
+        who="relevance methods and DeepLIFT",
+        on="`nn.LSTM`, `nn.GRU`, `nn.RNN`",
+    ),
+    Exempt(
+        "call",
         "a map needs positions: the layer's activation is `[batch channel]`",
         ValueError,
         "`layer` must have spatial axes",
@@ -318,7 +353,7 @@ EXCEPTIONS: list[Exempt] = [
         "there is nothing to move or to differentiate; methods with `layer` explain an embedding's output",
         TypeError,
         "`x` holds no floating-point tensor",
-        methods=lambda name: takes_no_layer(name),
+        methods=lambda name: takes_no_layer(name) and name != "attention_relevance",
         cases=lambda case: case.integer,
         who="methods without `layer`",
         on="inputs that are integers alone",

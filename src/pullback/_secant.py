@@ -19,12 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vjp
 
+from pullback import _native
 from pullback._ops import ACTIVATIONS, Operation, Rule, Table, operation_of
 from pullback._relevance import PRODUCTS, arguments, still
 
 Tape = list[tuple[Operation, tuple[Any, ...], dict[str, Any]]]
 Paired = Callable[..., Any]
-CLOSE = 1e-10
+CLOSE = 1e-10  # of two inputs, whose secant is the derivative between them
+_KINKED = frozenset(
+    operation_of(getattr(F, name))
+    for name in "relu relu6 hardtanh threshold leaky_relu prelu rrelu elu selu celu softshrink hardshrink hardsigmoid "
+    "hardswish".split()
+) | {operation_of(op) for op in (torch.abs, torch.clamp, torch.clamp_min, torch.clamp_max)}
 
 ELEMENTWISE = tuple(
     operation_of(getattr(torch if hasattr(torch, name) else F, name))
@@ -33,11 +39,15 @@ ELEMENTWISE = tuple(
 )
 
 
-def secant(function: Callable[[Tensor], Tensor], x: Tensor, b: Tensor) -> Tensor:
-    """Give the function's value at `x`, with the secant to `b` for a derivative."""
+def secant(function: Callable[[Tensor], Tensor], x: Tensor, b: Tensor, smooth: bool = True) -> Tensor:
+    """Give the function's value at `x`, with the secant to `b` for a derivative.
+
+    Where a smooth function's inputs are close, the difference of its values is mostly rounding: the derivative halfway
+    differs from the secant by the square of their distance.
+    """
     at = still(x)
     y, way = function(at), at - b
-    close = way.abs() < CLOSE
+    close = way.abs() < (torch.finfo(x.dtype).eps ** (1 / 3) if smooth else CLOSE)
     _, back = vjp(function, (at + b) / 2)  # pyright: ignore[reportAssignmentType]
     (slope,) = back(torch.ones_like(y))
     slope = torch.where(close, slope, (y - function(b)) / torch.where(close, torch.ones_like(way), way))
@@ -51,7 +61,7 @@ def product(multiply: Callable[[Any, Any], Tensor], x: Tensor, y: Tensor, b: Ten
 
 
 def _elementwise(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Tensor:
-    return secant(lambda v: operation(v, *args, **kwargs), x, pair[0])
+    return secant(lambda v: operation(v, *args, **kwargs), x, pair[0], operation not in _KINKED)
 
 
 def _power(operation: Operation, x: Any, exponent: Any, *, pair: tuple[Any, ...]) -> Tensor:
@@ -89,40 +99,35 @@ def _read(v: Tensor, places: Tensor, axes: int) -> Tensor:
     return v.flatten(-axes).gather(-1, places.flatten(-axes)).reshape(places.shape)
 
 
-def _largest(x: Tensor, b: Tensor, largest: Callable[[Tensor], tuple[Tensor, Tensor]], axes: int) -> Tensor:
-    """Give the largest values, whose difference is shared between the places where they are, at `x` and at `b`."""
+def _log_total(x: Tensor, b: Tensor) -> Tensor:
+    """Give the logarithm of the sum of exponentials over the last axis: the secants of both, one after the other.
+
+    Both sums are scaled by the largest term of either, and their logarithms taken apart from that, so that a sum that
+    vanishes beside the other does no harm.
+    """
     at = still(x)
-    (y, here), (y_, there) = largest(at), largest(b)
-    larger = torch.maximum(y, y_)
-    for places, gained in ((here, larger - y_), (there, y - larger)):
-        way = _read(at - b, places, axes)
-        flat = way.abs() < CLOSE
-        share = torch.where(flat, torch.zeros_like(way), gained / torch.where(flat, torch.ones_like(way), way))
-        y = y + share * _read(x - at, places, axes)
-    return y
+    most = torch.maximum(at, b).amax(-1, keepdim=True)
+    up, down = (at - most).exp(), (b - most).exp()
+    total, total_ = up.sum(-1, keepdim=True), down.sum(-1, keepdim=True)
+    y, y_ = at.logsumexp(-1, keepdim=True), b.logsumexp(-1, keepdim=True)
+    slopes = _quotients(up - down, at - b, ((at + b) / 2 - most).exp())
+    slope = _quotients(y - y_, total - total_, 2 / (total + total_))
+    return y + (slope * slopes * (x - at)).sum(-1, keepdim=True)
 
 
-def _exponentials(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give exp(x - max x) and exp(b - max b) over the last axis, and max x: neither can vanish or overflow."""
-    lowest = torch.finfo(x.dtype).min / 4
-    x, b = x.clamp(min=lowest), b.clamp(min=lowest)
-    most = _largest(x, b, lambda v: v.max(-1, keepdim=True), 1)
-    x, b = x - most, b - b.amax(-1, keepdim=True)
-    return secant(torch.exp, x, b), b.exp(), most
+def _quotients(rise: Tensor, way: Tensor, otherwise: Tensor) -> Tensor:
+    close = way.abs() < torch.finfo(way.dtype).eps ** (1 / 3)
+    return torch.where(close, otherwise, rise / torch.where(close, torch.ones_like(way), way))
 
 
 def _softmax(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Tensor:
     (axis,) = arguments(args[:1], kwargs, ("dim", None))
     if axis is None:
         return NotImplemented
-    x = x.movedim(axis, -1)
-    e, e_, most = _exponentials(x, pair[0].movedim(axis, -1))
-    total, total_ = e.sum(-1, keepdim=True), e_.sum(-1, keepdim=True)
-    if operation is torch.log_softmax:
-        y = x - most - secant(torch.log, total, total_)
-    else:
-        y = product(torch.mul, e, secant(torch.reciprocal, total, total_), e_, total_.reciprocal())
-    return y.movedim(-1, axis)
+    lowest = torch.finfo(x.dtype).min / 4  # where nothing is attended to
+    x, b = (v.movedim(axis, -1).clamp(min=lowest) for v in (x, pair[0]))
+    y, y_ = x - _log_total(x, b), b - b.logsumexp(-1, keepdim=True)
+    return (y if operation is torch.log_softmax else secant(torch.exp, y, y_)).movedim(-1, axis)
 
 
 def _standardised(x: Tensor, b: Tensor, axes: Sequence[int], eps: float, centred: bool = True) -> Tensor:
@@ -183,7 +188,20 @@ def _gated(operation: Operation, x: Tensor, dim: int = -1, *, pair: tuple[Any, .
 def _larger(operation: Operation, x: Tensor, y: Tensor, *, pair: tuple[Any, ...]) -> Tensor:
     b, c = pair
     sign = 1 if operation is torch.maximum else -1
-    return x + sign * secant(torch.relu, sign * (y - x), sign * (c - b))
+    return x + sign * secant(torch.relu, sign * (y - x), sign * (c - b), smooth=False)
+
+
+def _largest(x: Tensor, b: Tensor, largest: Callable[[Tensor], tuple[Tensor, Tensor]], axes: int) -> Tensor:
+    """Give the largest values, whose difference is shared between the places where they are, at `x` and at `b`."""
+    at = still(x)
+    (y, here), (y_, there) = largest(at), largest(b)
+    larger = torch.maximum(y, y_)
+    for places, gained in ((here, larger - y_), (there, y - larger)):
+        way = _read(at - b, places, axes)
+        flat = way.abs() < CLOSE
+        share = torch.where(flat, torch.zeros_like(way), gained / torch.where(flat, torch.ones_like(way), way))
+        y = y + share * _read(x - at, places, axes)
+    return y
 
 
 def _max_pool(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Any:
@@ -225,7 +243,8 @@ def recording(tape: Tape) -> Table:
 
     def rule(operation: Operation, *args: Any, **kwargs: Any) -> Any:
         tape.append((operation, _kept(args), kwargs))
-        return operation(*args, **kwargs)
+        form = _native.FORMS.get(operation)
+        return operation(*args, **kwargs) if form is None else form(None, operation, *args, **kwargs)
 
     return Table.of(dict.fromkeys(RULES, rule), name="DeepLIFT's rules")
 

@@ -63,9 +63,7 @@ def _checked(weights: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
 
 
 @public
-def attention_rollout(
-    params: Params, model: Model, x: Inputs, target: Target = None, *, output: Select = None, strict: bool = False
-) -> Tensor:
+def attention_rollout(params: Params, model: Model, x: Inputs, *, output: Select = None) -> Tensor:
     r"""Multiply the attention of all layers, the residual connection counted as attention to oneself.
 
     .. math:: R = \prod_l \tfrac{1}{2} \big(\bar A_l + 1\big)
@@ -75,8 +73,6 @@ def attention_rollout(
 
     Args:
         params, model, x, output: See `gradient`.
-        target: Not looked at: what the map does not depend on.
-        strict: As elsewhere; there is nothing here that rules would not cover.
 
     Returns:
         ``[batch query key]``. For an image and a class token, `pullback.maps.token_grid` lays row 0 out.

@@ -239,7 +239,7 @@ def deep_lift(
 
     Args:
         params, model, x, target, layer, at, output: See `gradient`. A function as `target` must be linear.
-        baseline: With the structure of `x`, broadcast to it. Zeros if omitted.
+        baseline: With the structure of `x`, broadcast to it. Zeros if omitted; for integer inputs it must be given.
         strict: Raise where a nonlinear operation has no pair of inputs to take the secant of, instead of warning.
 
     Returns:
@@ -261,7 +261,7 @@ def deep_lift(
         sec. 3.5.1.
     """
     leaves = Leaves(x)
-    start = leaves.rebuild(_baselines(leaves, baseline), lambda v: v)
+    start = _start(leaves, baseline)
     tape: _secant.Tape = []
     before = _recorded(params, model, start, Site.parse(layer, at), output, tape)
     table = _secant.paired(tape)
@@ -287,22 +287,34 @@ def _recorded(
     return tuple(read) if site.name else Leaves(x).tensors
 
 
-def _baselines(leaves: Leaves, baseline: Any) -> list[Tensor]:
-    """Give the baseline of each floating-point tensor of `x`, as large as that."""
+def _start(leaves: Leaves, baseline: Any) -> Any:
+    """Give the baseline with the structure and the size of `x`; integer members that it has not are those of `x`."""
     if baseline is None:
-        return [torch.zeros_like(t) for t in leaves.tensors]
-    keys = [key for key, _ in leaves.items]
-    given = {None: baseline} if isinstance(leaves.x, Tensor) else dict(
-        baseline if isinstance(baseline, dict) else zip(keys, baseline, strict=False)
-    )  # fmt: skip
-    starts = []
-    for key, t in zip(leaves.floating, leaves.tensors, strict=True):
-        start = torch.as_tensor(0 if given.get(key) is None else given[key], dtype=t.dtype, device=t.device)
+        if not leaves.floating:
+            raise ValueError("`baseline` must be given where `x` holds no floating-point tensor: other tokens, say.")
+        return leaves.rebuild([torch.zeros_like(t) for t in leaves.tensors], lambda v: v)
+    if isinstance(leaves.x, Tensor):
+        given = {None: baseline}
+    elif isinstance(baseline, dict):
+        given = baseline
+    else:
+        given = dict(enumerate(baseline))
+    starts: dict[Any, Any] = {}
+    for key, value in leaves.items:
+        start = given.get(key)
+        if value is None or (start is None and key not in leaves.floating):
+            starts[key] = value
+            continue
+        start = torch.as_tensor(0 if start is None else start, dtype=value.dtype, device=value.device)
         try:
-            starts.append(start.expand_as(t))
+            starts[key] = start.expand_as(value)
         except RuntimeError:
-            raise ValueError(f"`baseline` must broadcast to `x`, {list(t.shape)}, got {list(start.shape)}.") from None
-    return starts
+            raise ValueError(
+                f"`baseline` must broadcast to `x`, {list(value.shape)}, got {list(start.shape)}."
+            ) from None
+    if isinstance(leaves.x, Tensor):
+        return starts[None]
+    return tuple(starts.values()) if isinstance(leaves.x, tuple) else starts
 
 
 @public
@@ -345,7 +357,8 @@ def deep_lift_shap(
     Reference:
         Lundberg & Lee, A Unified Approach to Interpreting Model Predictions, 2017, sec. 4.2.
     """
-    counts = {len(b) for b in Leaves(baselines).tensors}
+    members = [b for _, b in Leaves(baselines).items if b is not None]
+    counts = {len(b) for b in members}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"`baselines` must hold the same number of samples, at least 1, got {sorted(counts)}.")
     options = {"layer": layer, "at": at, "output": output, "strict": strict}
@@ -354,4 +367,4 @@ def deep_lift_shap(
         one = each(lambda b: b[k], baselines)  # noqa: B023
         attribution = deep_lift(params, model, x, target, baseline=one, **options)
         total = attribution if total is None else each(torch.add, total, attribution)
-    return each(lambda a: a / len(Leaves(baselines).tensors[0]), total)
+    return each(lambda a: a / len(members[0]), total)

@@ -215,7 +215,7 @@ def _some(function: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor |
     return None if bias is None else function(bias)
 
 
-def excitation(plain: bool = False) -> Rule:
+def excitation(plain: bool = False) -> LinearRule:
     r"""Give the rule of excitation backprop, :math:`R_i = x_i \sum_j \frac{w_{ji}^+}{\sum_k w_{jk}^+ x_k} R_j`.
 
     For inputs of at least 0, as rectified activations are. Where they are negative, a negative weight excites as well,
@@ -234,7 +234,7 @@ def excitation(plain: bool = False) -> Rule:
     return LinearRule("excitation", shares, 1e-20, signed=False, plain=plain)
 
 
-def epsilon(epsilon: float = 1e-6, bias: bool = True) -> Rule:
+def epsilon(epsilon: float = 1e-6, bias: bool = True) -> LinearRule:
     r"""Give the rule :math:`R_i = x_i \sum_j \frac{w_{ji}}{z_j + \epsilon \, \mathrm{sign} z_j} R_j`.
 
     Reference:
@@ -243,7 +243,7 @@ def epsilon(epsilon: float = 1e-6, bias: bool = True) -> Rule:
     return LinearRule("epsilon", None, epsilon, bias)
 
 
-def z_plus(epsilon: float = 1e-6, bias: bool = True) -> Rule:
+def z_plus(epsilon: float = 1e-6, bias: bool = True) -> LinearRule:
     r"""Give the rule of positive contributions, :math:`R_i = \sum_j \frac{(x_i w_{ji})^+}{\sum_k (x_k w_{jk})^+} R_j`.
 
     Reference:
@@ -257,7 +257,7 @@ def z_plus(epsilon: float = 1e-6, bias: bool = True) -> Rule:
     return LinearRule("z_plus", shares, epsilon, bias)
 
 
-def alpha_beta(alpha: float = 2.0, beta: float = 1.0, epsilon: float = 1e-6, bias: bool = True) -> Rule:
+def alpha_beta(alpha: float = 2.0, beta: float = 1.0, epsilon: float = 1e-6, bias: bool = True) -> LinearRule:
     r"""Give the rule that weighs positive contributions by alpha and negative ones by beta, alpha - beta = 1.
 
     .. math:: R_i = \sum_j \Big( \alpha \frac{(x_i w_{ji})^+}{z_j^+} - \beta \frac{(x_i w_{ji})^-}{z_j^-} \Big) R_j
@@ -281,7 +281,7 @@ def alpha_beta(alpha: float = 2.0, beta: float = 1.0, epsilon: float = 1e-6, bia
     return LinearRule("alpha_beta", shares, epsilon, bias)
 
 
-def gamma(gamma: float = 0.25, epsilon: float = 1e-6, bias: bool = True) -> Rule:
+def gamma(gamma: float = 0.25, epsilon: float = 1e-6, bias: bool = True) -> LinearRule:
     r"""Give the rule that favours positive contributions.
 
     .. math:: R_i = \sum_j \frac{x_i (w_{ji} + \gamma w_{ji}^+)}{\sum_k x_k (w_{jk} + \gamma w_{jk}^+)} R_j
@@ -305,7 +305,7 @@ def gamma(gamma: float = 0.25, epsilon: float = 1e-6, bias: bool = True) -> Rule
     return LinearRule("gamma", shares, epsilon, bias)
 
 
-def z_box(low: Any, high: Any, epsilon: float = 1e-6) -> Rule:
+def z_box(low: Any, high: Any, epsilon: float = 1e-6) -> LinearRule:
     r"""Give the rule for a first layer whose input lies in a box, :math:`l \le x \le h`.
 
     .. math:: R_i = \sum_j \frac{q_{ji}}{\sum_k q_{jk}} R_j, \quad q_{ji} = x_i w_{ji} - l_i w_{ji}^+ - h_i w_{ji}^-
@@ -323,7 +323,7 @@ def z_box(low: Any, high: Any, epsilon: float = 1e-6) -> Rule:
     return LinearRule("z_box", shares, epsilon)
 
 
-def w_square(epsilon: float = 1e-6, bias: bool = True) -> Rule:
+def w_square(epsilon: float = 1e-6, bias: bool = True) -> LinearRule:
     r"""Give the rule for a first layer that looks at weights alone.
 
     .. math:: R_i = \sum_j \frac{w_{ji}^2}{\sum_k w_{jk}^2} R_j
@@ -338,7 +338,7 @@ def w_square(epsilon: float = 1e-6, bias: bool = True) -> Rule:
     return LinearRule("w_square", shares, epsilon, bias)
 
 
-def flat(epsilon: float = 1e-6) -> Rule:
+def flat(epsilon: float = 1e-6) -> LinearRule:
     """Give the rule for a first layer that shares relevance equally among all inputs of a unit.
 
     Reference:
@@ -587,7 +587,7 @@ for _name, _composite in {
 def _table(mapping: Mapping[Any, Rule], name: str) -> Table:
     """Make a table of a mapping; one that shares out relevance watches what is constant, and tells what bends."""
     table = Table.of(mapping, name=name)
-    watches = [rule.watch for rule in mapping.values() if hasattr(rule, "watch")]
+    watches = [rule.watch for rule in mapping.values() if isinstance(rule, LinearRule | Remembering)]
     return replace(table, watch=watches[0], tell=_TOLD - set(relu.RECTIFIERS)) if watches else table
 
 
