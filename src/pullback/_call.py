@@ -697,6 +697,7 @@ def _checked_scores(scores: Tensor, output: Tensor, given: bool = True) -> Tenso
 def _as_tensor(target: Any, output: Tensor) -> Tensor:
     if isinstance(target, bool):
         raise TypeError("`target` must be a class index, got a bool.")
+    given = target  # what is made of it under a transform cannot be read
     if not isinstance(target, Tensor):
         try:
             target = torch.as_tensor(np.asarray(target) if isinstance(target, list | tuple) else target)
@@ -725,8 +726,10 @@ def _as_tensor(target: Any, output: Tensor) -> Tensor:
             f"`target` must be one index, or one per example, shape [{output.shape[0]}], got {list(target.shape)}. "
             "For many targets of each example: `torch.vmap` over `target`, or `over_targets`."
         )
-    if readable(target):
-        check_range(target, output.shape[1])
+    if not isinstance(given, Tensor) and not compiling():
+        check_range(np.asarray(given), output.shape[1])
+    elif isinstance(given, Tensor) and readable(given):
+        check_range(given, output.shape[1])
     else:
         check_indices(output.shape[1])
     return target

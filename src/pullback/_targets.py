@@ -113,8 +113,8 @@ def readable(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
-def check_range(target: Tensor, classes: int) -> None:
-    if target.numel():
+def check_range(target: Tensor | np.ndarray, classes: int) -> None:
+    if len(target.reshape(-1)):
         low, high = int(target.min()), int(target.max())
         if low < 0 or high >= classes:
             raise ValueError(f"`target` must lie in 0 ... {classes - 1}, got {low if low < 0 else high}.")
