@@ -1,8 +1,8 @@
 """What every benchmark shares: interleaved timing, peak memory, the machine, tables and JSON.
 
 Times are medians over rounds in which every case runs once, so that a slow moment of the machine hits all of them. A
-ratio is the median of the rounds' ratios, with its quartiles. Peak memory is what a fresh process needs above its state after
-loading model and input: the resident set on a CPU, the allocator's peak on CUDA.
+ratio is the median of the rounds' ratios, with its quartiles. Peak memory is what a fresh process needs above its state
+after loading model and input: the resident set on a CPU, the allocator's peak on CUDA.
 """
 
 from __future__ import annotations

@@ -284,11 +284,12 @@ def _embedding(
     return torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
 
 
-def _recurrent(mode: Any, func: Form, *args: Any, **kwargs: Any) -> Any:
+def _recurrent(mode: Any, func: Form, data: Tensor, *rest: Any, **kwargs: Any) -> Any:
+    args: tuple[Any, ...] = (data, *rest)
     packed = len(args) > 3 and isinstance(args[3], list | tuple)  # (data, batch_sizes, hx, params, ...)
-    if not args[0].is_cuda:
-        if is_functorch_wrapped_tensor(args[0]):  # the state is written in place: batch it wherever the input is
-            zero = torch.zeros_like(args[0]).flatten()[0]
+    if not data.is_cuda:
+        if is_functorch_wrapped_tensor(data):  # the state is written in place: batch it wherever the input is
+            zero = torch.zeros_like(data).flatten()[0]
             place = 2 if packed else 1
             state = args[place] + zero if isinstance(args[place], Tensor) else [s + zero for s in args[place]]
             args = (*args[:place], state, *args[place + 1 :])

@@ -165,7 +165,7 @@ def shared_pull(back: Back, outputs: tuple[Tensor, ...]) -> Pull:
     if running is None:
         return pull
     weight = running.head[1] if len(outputs) > 1 and running.head is not None else None
-    hidden: Any = outputs[-1]
+    hidden: Any = outputs[-1]  # pyright: ignore[reportGeneralTypeIssues]
 
     def chunked(cotangent: Tensor) -> tuple[Tensor, ...]:
         level, count = running.level, len(running.targets)
