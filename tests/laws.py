@@ -19,6 +19,7 @@ import slow
 import torch
 from cases import CASES, UNSUPPORTED, Case
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import pullback
@@ -144,7 +145,8 @@ LAWS |= {
     "refine_cam": Law(suited=at_its_layers),
     "guided_grad_cam": Law(points=2, rules=True),
     "full_grad": Law(points=2),
-    "lrp": Law({"rules": rules.epsilon_plus(1.0)}, basis=True),  # further from the poles of small denominators
+    # without the kinks of epsilon at 0, and the pole of softplus, which is not 0 where its input is
+    "lrp": Law({"rules": {**rules.epsilon_plus(1e-12), F.softplus: rules.derivative()}}, basis=True),
     "contrastive_excitation_backprop": Law(points=3, suited=lambda case: {"contrast_layer": case.layers[0]}),
     "deep_lift": Law(points=2, basis=True, suited=lambda case: {"baseline": another_start(case)}),
     "deep_lift_shap": Law(points=4, suited=lambda case: {"baselines": case.x}),

@@ -104,7 +104,7 @@ def watch_constants(memo: dict[str, Any], func: Operation, args: tuple[Any, ...]
                 mark_constant(value, memo)
         return
     name = getattr(func, "__name__", "")
-    if args and isinstance(args[0], Tensor) and (name == "__setitem__" or (name.endswith("_") and name[:2] != "__")):
+    if args and isinstance(args[0], Tensor) and (name == "__setitem__" or (name[-1:] == "_" and name[:2] != "__")):
         remember(memo, "constants", args[0], False)  # what depends on the input was written to it
 
 

@@ -209,7 +209,7 @@ def _negated(params: Params, model: nn.Module, classifier: str | None) -> Params
     weight = given.get(name, own.get(name))
     if weight is None:
         raise ValueError(f"`classifier` must name a layer with a weight, got {classifier!r}: no `{name}`.")
-    return *parts, {name: -weight}
+    return {**given, name: -weight}
 
 
 # -- DeepLIFT
