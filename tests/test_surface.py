@@ -11,6 +11,7 @@ Layer
 layers
 params_of
 over_targets
+Rules
 grad_cam
 linear_approx
 deconvnet

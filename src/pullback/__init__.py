@@ -65,6 +65,7 @@ from pullback.relevance import deep_lift as deep_lift
 from pullback.relevance import deep_lift_shap as deep_lift_shap
 from pullback.relevance import excitation_backprop as excitation_backprop
 from pullback.relevance import lrp as lrp
+from pullback.rules import Rules as Rules
 
 __all__ = [
     "PullbackWarning",
@@ -73,6 +74,7 @@ __all__ = [
     "layers",
     "params_of",
     "over_targets",
+    "Rules",
     "grad_cam",
     "linear_approx",
     "deconvnet",
