@@ -678,8 +678,10 @@ def score(output: Tensor, target: Target) -> Tensor:
     if target.is_floating_point() or target.is_complex():
         weighted = target.to(output.dtype) * output
         return weighted.flatten(1).sum(1) if weighted.ndim > 1 else weighted
-    hot = _one_hot(target, output)
-    return torch.where(hot == 0, torch.zeros_like(output), hot * output).flatten(1).sum(1)
+    index = target.long().reshape(-1, 1, *[1] * (output.ndim - 2)).expand(output.shape[0], 1, *output.shape[2:])
+    known = (index >= 0) & (index < output.shape[1])
+    picked = output.gather(1, index.clamp(0, output.shape[1] - 1))
+    return torch.where(known, picked, torch.full_like(picked, float("nan"))).flatten(1).sum(1)
 
 
 def _checked_scores(scores: Tensor, output: Tensor, given: bool = True) -> Tensor:
