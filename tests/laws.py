@@ -85,7 +85,7 @@ LAWS: dict[str, Law] = {
         adaptive=1,
     ),
     "meaningful_perturbation": Law(
-        options={"iterations": 3, "cells": 3, "jitter": 3, "baseline": 0.0}, points=3, adaptive=2
+        options={"iterations": 3, "cells": 3, "jitter": 3, "baseline": 0.0, "start": 0.5}, points=3, adaptive=2
     ),
     "feature_ablation": Law(suited=three_features, points=4),
     "feature_permutation": Law(options={"samples": 2}, suited=other_examples, points=7),

@@ -681,7 +681,8 @@ def score(output: Tensor, target: Target) -> Tensor:
     index = target.long().reshape(-1, 1, *[1] * (output.ndim - 2)).expand(output.shape[0], 1, *output.shape[2:])
     known = (index >= 0) & (index < output.shape[1])
     picked = output.gather(1, index.clamp(0, output.shape[1] - 1))
-    return torch.where(known, picked, torch.full_like(picked, float("nan"))).flatten(1).sum(1)
+    # by a product, so that the derivative is NaN as well
+    return (picked * torch.where(known, 1.0, float("nan")).to(picked.dtype)).flatten(1).sum(1)
 
 
 def _checked_scores(scores: Tensor, output: Tensor, given: bool = True) -> Tensor:

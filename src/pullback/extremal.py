@@ -283,6 +283,7 @@ def meaningful_perturbation(
     area: float = 1e-4,
     variation: float = 1e-2,
     beta: float = 3.0,
+    start: float = 1.0,
     jitter: int = 4,
     learning_rate: float = 0.1,
     seed: Seed = 0,
@@ -300,7 +301,7 @@ def meaningful_perturbation(
     .. math:: \min_m \; f_t\big(m x + (1 - m) b\big) + \lambda_1 \sum_u |1 - m_u| +
               \lambda_2 \sum_u \|\nabla m_u\|_\beta^\beta
 
-    over a coarse mask m in [0, 1], enlarged linearly; b is a blur of x. Adam, from the mask that keeps everything.
+    over a coarse mask m in [0, 1], enlarged linearly; b is a blur of x. Adam, from a constant mask.
     Costs `iterations` gradients; images and, under `vmap`, targets run as one batch.
 
     Args:
@@ -310,6 +311,7 @@ def meaningful_perturbation(
         baseline: What the mask blends into: see `pullback.masks.covering`. A blur by 10 pixels if omitted.
         squash: What the output goes through before it is scored: see `rise`.
         area, variation, beta: The weights :math:`\lambda_1` and :math:`\lambda_2` and the exponent.
+        start: The mask to begin with, 1 keeping everything.
         jitter: The input is shifted at random by fewer pixels than this, around its border. Not at layers.
         learning_rate: Of Adam.
         seed: Of the shifts: an integer, or an integer tensor ``[]``.
@@ -365,7 +367,7 @@ def meaningful_perturbation(
             parts = torch.stack([scores, *penalties], 1)
             return parts.sum(), parts
 
-        mask = torch.ones(len(rows), 1, *grid, dtype=dtype, device=scene.device)
+        mask = torch.full((len(rows), 1, *grid), start, dtype=dtype, device=scene.device)
         mean, square, history = torch.zeros_like(mask), torch.zeros_like(mask), []
         for t in range(iterations):
             at_t = torch.full((1,), t, device=scene.device)
