@@ -13,12 +13,13 @@ it, but differentiable to whoever differentiates the explanation),
 .. math:: y = f(\hat h) + M(\hat h) \, (h - \hat h)
 
 has the value of `f` and pulls cotangents back by the transpose of any linear map `M` that one likes. What `M` needs of
-the forward, such as denominators, is computed once, in the forward, for all targets. `propagated` makes such a rule.
+the forward, such as denominators, does not depend on the cotangent: it is computed once for all targets that are pulled
+back together. `propagated` makes such a rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,6 +86,11 @@ def recall(memo: dict[str, Any], kind: str, t: Tensor) -> Any:
                 return value
         return None
     return memo.get(kind, {}).get(id(t), (None, None))[1]
+
+
+def version(t: Tensor) -> int:
+    """Count the writes to a tensor; a traced one is not written to by this count."""
+    return 0 if compiling() else t._version
 
 
 def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -236,65 +242,6 @@ def _convolution(
     return each_axis(stride), each_axis(padding), each_axis(dilation), transposed, each_axis(extra), groups
 
 
-class _TracedCarry(torch.autograd.Function):
-    """The zero ``scale * L(moved * (x - still), weight)``, whose transpose is computed, but not its value.
-
-    Its derivative with respect to everything but `x - still` is 0, as that is 0.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        x: Tensor, still: Tensor, weight: Tensor, scale: Tensor, moved: Tensor | None, settings: tuple[Any, ...]
-    ) -> Tensor:
-        return torch.zeros_like(scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, still, weight, scale, moved, ctx.settings = inputs
-        ctx.save_for_backward(still, weight, scale, moved)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        still, weight, scale, moved = ctx.saved_tensors
-        dtype = torch.promote_types(weight.dtype, cotangent.dtype)  # autocast may have left them apart
-        back = _transposed((cotangent * scale).to(dtype), still.to(dtype), weight.to(dtype), ctx.settings)
-        back = (back if moved is None else back * moved).to(still.dtype)
-        return back, -back, None, None, None, None
-
-
-class _Carry(_TracedCarry):
-    """The same with forward mode, which torch.compile does not trace."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _TracedCarry.setup_context(ctx, inputs, output)
-        ctx.shape, ctx.dtype, ctx.device = output.shape, output.dtype, output.device
-
-
-def _transposed(g: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
-    if not settings:
-        return torch.matmul(g, weight)
-    stride, padding, dilation, transposed, extra, groups = settings
-    return torch.ops.aten.convolution_backward(
-        g, x, weight, None, stride, padding, dilation, transposed, extra, groups, [True, False, False]
-    )[0]
-
-
-def carried(map: LinearMap, weight: Tensor, scale: Tensor, moved: Tensor | None) -> Tensor:
-    """Give the zero ``scale * map(moved * (input - still(input)), weight)``."""
-    x, x_ = map.input, still(map.input)
-    if map.settings is not None:
-        return (_TracedCarry if compiling() else _Carry).apply(x, x_, weight, scale, moved, map.settings)  # pyright: ignore[reportReturnType]
-    step = x - x_ if moved is None else moved * (x - x_)
-    return scale * map.apply(step, weight)
-
-
 class Share(NamedTuple):
     r"""A part of a rule: :math:`\sum_k p_k \odot W_k^T \big(g R / z\big)` of relevance, :math:`z = \sum_k W_k p_k + b`.
 
@@ -339,26 +286,91 @@ class LinearRule:
         else:
             value = map.biased(map.apply(still(map.input), map.weight), map.bias)
         result = self.finished(map, value)
-        remember(memo, "origins", result, (self, map, value))
+        remember(memo, "origins", result, (self, map, value, version(result)))
         return result
 
     def finished(self, map: LinearMap, value: Tensor) -> Tensor:
         """Give `value` with the way back of this rule; for the epsilon rule it has that of the map already."""
         y = still(value)
-        ahead = torch.ones_like(y) if self.plain else nonzero(y)
         if self.shares is None:
             z = y if self.bias or map.bias is None else map.biased(y, -map.bias)
-            return y + ahead / self._denominator(z) * (value - y)
-        x = still(map.input)
-        bias = map.bias if self.bias else None
-        for gain, parts, bias_ in self.shares(x, map.weight, bias, y):
+            return y + self._ahead(y) / self._denominator(z) * (value - y)
+        x, x_ = map.input, still(map.input)
+        if map.settings is not None and not compiling():
+            return value + _Propagated.apply(x, x_, map.weight, map.bias, y, _Plan(self, map))  # pyright: ignore[reportOperatorIssue]
+        for scale, moved, weight in self.terms(map._replace(input=x_), y):
+            value = value + scale * map.apply(moved * (x - x_), weight)
+        return value
+
+    def terms(self, map: LinearMap, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Give (s, m, W) of each term ``s * W (m * (x - still(x)))`` that the rule adds to the output `y`."""
+        assert self.shares is not None
+        x, ahead = map.input, self._ahead(y)
+        for gain, parts, bias in self.shares(x, map.weight, map.bias if self.bias else None, y):
             z = sum(map.apply(x if p is None else p, w) for p, w in parts)
-            scale = gain * ahead / self._denominator(map.biased(z, bias_))  # pyright: ignore[reportArgumentType]
+            scale = gain * ahead / self._denominator(map.biased(z, bias))  # pyright: ignore[reportArgumentType]
             for p, w in parts:
                 p = x if p is None else p
-                moved = p if self.plain else None if p is x else p / nonzero(x)
-                value = value + carried(map, w, scale, moved)
-        return value
+                yield scale, p if self.plain else p / nonzero(x), w  # of an input of 0 no more than its part
+
+    def _ahead(self, y: Tensor) -> Tensor:
+        return torch.ones_like(y) if self.plain else nonzero(y)
 
     def _denominator(self, z: Tensor) -> Tensor:
         return stabilised(z, self.epsilon) if self.signed else z + self.epsilon
+
+
+class _Plan:
+    """A rule and a map without its tensors."""
+
+    def __init__(self, rule: LinearRule, map: LinearMap) -> None:
+        self.rule, self.map = rule, map._replace(input=None, weight=None, bias=None)  # pyright: ignore[reportArgumentType]
+
+
+class _Propagated(torch.autograd.Function):
+    """The terms of a rule, which are 0, so only their transposes are computed, and these when they are asked for.
+
+    A convolution whose batch norm is merged is then not shared out twice, and denominators take no memory. As the terms
+    are 0 whatever the other inputs are, so is their derivative with respect to these.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        x: Tensor, still: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, plan: _Plan
+    ) -> Tensor:
+        return torch.zeros_like(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, still, weight, bias, y, ctx.plan = inputs
+        ctx.save_for_backward(still, weight, bias, y)
+        ctx.shape, ctx.dtype, ctx.device = output.shape, output.dtype, output.device
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        plan, dtype = ctx.plan, torch.promote_types(ctx.saved_tensors[1].dtype, cotangent.dtype)
+        # autocast may have left them apart
+        x, weight, bias, y = (None if t is None else t.to(dtype) for t in ctx.saved_tensors)
+        map = plan.map._replace(input=x, weight=weight, bias=bias)
+        total = None
+        for scale, moved, w in plan.rule.terms(map, y):
+            back = moved * _transposed(cotangent * scale, x, w, map.settings)  # pyright: ignore[reportArgumentType]
+            total = back if total is None else total + back
+        assert total is not None
+        total = total.to(ctx.saved_tensors[0].dtype)
+        return total, -total, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device)
+
+
+def _transposed(g: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
+    if not settings:
+        return torch.matmul(g, weight)
+    stride, padding, dilation, transposed, extra, groups = settings
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, dilation, transposed, extra, groups, [True, False, False]
+    )[0]

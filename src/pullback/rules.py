@@ -43,7 +43,9 @@ from pullback._relevance import (
     scaled,
     stabilised,
     still,
+    version,
 )
+from pullback._targets import readable
 
 Rules: TypeAlias = "str | Table | Mapping[Any, Rule] | type[torch.autograd.Function] | Rule | None"
 
@@ -211,6 +213,13 @@ def _negative(x: Tensor) -> Tensor:
     return x.clamp(max=0)
 
 
+def _halves(x: Tensor, up: Tensor, down: Tensor) -> list[tuple[Tensor | None, Tensor]]:
+    """Pair the positive part of `x` with `up`, the negative with `down`; one that is seen to be empty is left out."""
+    if readable(x) and not bool((x < 0).any()):  # as after a rectifier
+        return [(None, up)]
+    return [(_positive(x), up), (_negative(x), down)]
+
+
 def _some(function: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor | None:
     return None if bias is None else function(bias)
 
@@ -229,7 +238,7 @@ def excitation(plain: bool = False) -> LinearRule:
     def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
         if plain:
             return [Share(1.0, [(None, _positive(w))], None)]
-        return [Share(1.0, [(_positive(x), _positive(w)), (_negative(x), _negative(w))], None)]
+        return [Share(1.0, _halves(x, _positive(w), _negative(w)), None)]
 
     return LinearRule("excitation", shares, 1e-20, signed=False, plain=plain)
 
@@ -251,8 +260,7 @@ def z_plus(epsilon: float = 1e-6, bias: bool = True) -> LinearRule:
     """
 
     def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
-        parts = [(_positive(x), _positive(w)), (_negative(x), _negative(w))]
-        return [Share(1.0, parts, _some(_positive, b))]
+        return [Share(1.0, _halves(x, _positive(w), _negative(w)), _some(_positive, b))]
 
     return LinearRule("z_plus", shares, epsilon, bias)
 
@@ -272,10 +280,10 @@ def alpha_beta(alpha: float = 2.0, beta: float = 1.0, epsilon: float = 1e-6, bia
         raise ValueError(f"`alpha` and `beta` must not be negative, and `alpha - beta` be 1, got {alpha} and {beta}.")
 
     def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
-        up, down = (_positive(x), _negative(x)), (_positive(w), _negative(w))
-        shares = [Share(alpha, [(up[0], down[0]), (up[1], down[1])], _some(_positive, b))]
+        up, down = _positive(w), _negative(w)
+        shares = [Share(alpha, _halves(x, up, down), _some(_positive, b))]
         if beta:
-            shares.append(Share(-beta, [(up[0], down[1]), (up[1], down[0])], _some(_negative, b)))
+            shares.append(Share(-beta, _halves(x, down, up), _some(_negative, b)))
         return shares
 
     return LinearRule("alpha_beta", shares, epsilon, bias)
@@ -294,12 +302,11 @@ def gamma(gamma: float = 0.25, epsilon: float = 1e-6, bias: bool = True) -> Line
     """
 
     def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
-        up, down = _positive(x), _negative(x)
         more, less = w + gamma * _positive(w), w + gamma * _negative(w)
         above, below = (y > 0).to(y.dtype), (y < 0).to(y.dtype)
         return [
-            Share(above, [(up, more), (down, less)], _some(lambda b: b + gamma * _positive(b), b)),
-            Share(below, [(up, less), (down, more)], _some(lambda b: b + gamma * _negative(b), b)),
+            Share(above, _halves(x, more, less), _some(lambda b: b + gamma * _positive(b), b)),
+            Share(below, _halves(x, less, more), _some(lambda b: b + gamma * _negative(b), b)),
         ]
 
     return LinearRule("gamma", shares, epsilon, bias)
@@ -420,15 +427,15 @@ def merged() -> Rule:
             return detached_statistics()(operation, input, *args, **kwargs)
         scale, shift = affine
         found = recall(memo, "origins", input)
-        if found is None or not _runs_along(found[1], input):
+        if found is None or found[3] != version(input) or not _runs_along(found[1], input):
             return input * _by_channel(scale, input) + _by_channel(shift, input)
-        rule, map, value = found
+        rule, map, value, _ = found
         value = value * _by_channel(scale, input) + _by_channel(shift, input)
         bias = shift if map.bias is None else shift + scale * map.bias
         weight = _scaled_weight(map, scale)
         whole = map._replace(weight=weight, bias=bias)
         result = rule.finished(whole, value)
-        remember(memo, "origins", result, (rule, whole, value))
+        remember(memo, "origins", result, (rule, whole, value, version(result)))
         return result
 
     return Remembering(rule)
