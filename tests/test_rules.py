@@ -404,3 +404,35 @@ def test_zennit_agrees(name):
     chosen = {**rules.composed(rule, zeros=True), F.avg_pool2d: rules.norm()}
     ours = lrp(params_of(model), model, x, torch.tensor([1, 3]), rules=chosen)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["Epsilon", "ZPlus", "Gamma", "AlphaBeta"])
+@pytest.mark.filterwarnings("ignore")
+def test_zennit_with_its_canonizer_agrees_on_a_resnet(name):
+    """Batch norm merged, the sums of skips made modules: what rules on operations need no preparation for."""
+    zennit = pytest.importorskip("zennit.rules")
+    composites, types = pytest.importorskip("zennit.composites"), pytest.importorskip("zennit.types")
+    attribution = pytest.importorskip("zennit.attribution")
+    canonizer = pytest.importorskip("zennit.torchvision").ResNetCanonizer()
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model, x = models.resnet18(num_classes=5).double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+            module.eps = 0.0  # zennit adds it again to the variance of 1 that merging leaves
+    model.eval()
+    layers = [
+        (types.Activation, zennit.Pass()),
+        (types.AvgPool, zennit.Norm(1e-12)),
+        (types.Linear, getattr(zennit, name)()),
+    ]
+    composite = composites.LayerMapComposite([(composites.Sum, zennit.Norm(1e-12)), *layers], canonizers=[canonizer])
+    with attribution.Gradient(model=model, composite=composite) as attributor:
+        _, theirs = attributor(x.clone().requires_grad_(), lambda y: torch.eye(5).double()[[1, 3]] * y)
+    rule = {"Epsilon": "epsilon", "ZPlus": "z_plus", "Gamma": "gamma", "AlphaBeta": "alpha_beta"}[name]
+    chosen = rules.composed(RULES[rule][0])
+    ours = lrp(params_of(model), model, x, torch.tensor([1, 3]), rules=chosen)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))

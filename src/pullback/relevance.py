@@ -8,7 +8,7 @@ Layer-wise relevance propagation is covered by patents in some places: before yo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,46 @@ def lrp(
     """
     pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table_of(rules), strict=strict)
     return _times_activation(pulled, pulled.pull(cotangent(pulled.output, target)))
+
+
+def relevance_flow(
+    params: Params,
+    model: nn.Module,
+    x: Inputs,
+    target: Target,
+    *,
+    layers: Sequence[str],
+    method: Callable[..., Any] = lrp,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Sum relevance at each of several layers, ``[batch]``, to see where it is lost or made.
+
+    A total that stays that of the score is necessary, not enough: two errors at a branching may cancel, and a layer
+    beside which a skip passes has but a part of the total. Costs a call of `method` a layer.
+
+    Args:
+        params, model, x, target: See `gradient`.
+        layers: Layer names; ``""`` is the input.
+        method: `lrp`, `excitation_backprop` or another with ``layer=``.
+        options: What `method` takes.
+
+    Returns:
+        By layer, the sum over all of its activation.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False)).double()
+        >>> params, x = params_of(model), torch.randn(5, 3).double()
+        >>> flow = relevance_flow(params, model, x, 1, layers=("", "0", "1", "2"), rules="epsilon")
+        >>> all(torch.allclose(total, model(x)[:, 1], rtol=1e-3) for total in flow.values())
+        True
+    """
+    found = {}
+    for layer in layers:
+        relevance = method(params, model, x, target, layer=layer, **options)
+        parts = Leaves(relevance).tensors
+        found[layer] = torch.stack([t.flatten(1).sum(1) for t in parts]).sum(0)
+    return found
 
 
 @public
