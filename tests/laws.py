@@ -438,7 +438,7 @@ def options(name: str, case: Case) -> dict[str, Any]:
     """The keyword arguments of a small call of this method on this model."""
     layer = inspect.signature(METHODS[name]).parameters.get("layer")
     chosen = {**law(name).options, **case.options}
-    if layer is not None or not case.integer or name in (*FUSED, "expected_gradients"):
+    if layer is not None or not case.integer or name in (*FUSED, "expected_gradients", "feature_permutation"):
         chosen |= law(name).suited(case)
     if layer is not None and (case.integer or layer.default is inspect.Parameter.empty):
         chosen["layer"] = case.layers[0]

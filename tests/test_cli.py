@@ -191,7 +191,11 @@ def required(function):
 
 
 FEW = ("steps", "samples", "iterations")  # one pass through the code of a method is enough here
-REFUSED = {"integrated_hessians": "which is no map to draw", "shapley_values": "at most 20, got 768"}
+REFUSED = {
+    "attention_relevance": "no self-attention",
+    "integrated_hessians": "which is no map to draw",
+    "shapley_values": "at most 20, got 768",
+}
 
 
 @pytest.mark.parametrize("method", [name for name, f in cli.public_methods().items() if required(f) <= {"layer"}])

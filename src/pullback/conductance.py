@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from pullback.paths import (
     straight,
 )
 from pullback.rules import Rules, table_of
+
+# torch keeps the levels of forward mode for the process, not for the thread: two threads would end each other's
+_FORWARD_MODE = threading.RLock()
 
 
 @public
@@ -229,7 +233,8 @@ class _Tour(Course):
     def speeds(self, points: Tensors, velocities: Tensors) -> list[Tensor]:
         """Give the derivative of the layer's activations as the input moves."""
         primals, tangents = (tuple(folded(t) for t in tensors) for tensors in (points, velocities))
-        speeds = jvp(lambda *tensors: self.activations(tensors), primals, tangents)[1]
+        with _FORWARD_MODE:
+            speeds = jvp(lambda *tensors: self.activations(tensors), primals, tangents)[1]
         return [unfolded(s, len(points[0])) for s in speeds]
 
 
