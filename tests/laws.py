@@ -232,6 +232,16 @@ RELEVANCE = ("lrp", "excitation_backprop", "contrastive_excitation_backprop", "d
 EXCEPTIONS: list[Exempt] = [
     Exempt(
         "call",
+        "the classifier's weight is made by a hook or a parametrization: there is no parameter to negate",
+        ValueError,
+        "`classifier` must name a layer with a weight",
+        methods=lambda name: name == "contrastive_excitation_backprop",
+        cases=lambda case: case.name in ("spectral norm", "weight norm"),
+        who="`contrastive_excitation_backprop`",
+        on="weight norm and spectral norm at the classifier",
+    ),
+    Exempt(
+        "call",
         "a mask, a blur or a map at the input needs one tensor",
         TypeError,
         "`x` must be one tensor",

@@ -295,7 +295,10 @@ def test_vmap_over_seeds_is_the_loop(name, case):
         batched = vmap(lambda seed: call(params, model, x, target, seed=seed))(seeds)
         loop = [call(params, model, x, target, seed=int(seed)) for seed in seeds]
         close(batched, stacked(loop))
-        assert not (torch.equal(loop[0][0], loop[1][0]) and torch.equal(loop[1][0], loop[2][0]))
+        if name == "meaningful_perturbation" and case.integer:
+            return  # its seed moves the image about, and words have no place to be moved to
+        assert not torch.equal(loop[0][0], loop[1][0])
+        assert not torch.equal(loop[1][0], loop[2][0])
 
 
 @pytest.mark.parametrize("name", list(METHODS))

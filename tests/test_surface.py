@@ -52,7 +52,6 @@ deep_lift
 deep_lift_shap
 excitation_backprop
 lrp
-relevance_flow
 attention_relevance
 attention_rollout
 attention_weights

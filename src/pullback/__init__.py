@@ -65,7 +65,6 @@ from pullback.relevance import deep_lift as deep_lift
 from pullback.relevance import deep_lift_shap as deep_lift_shap
 from pullback.relevance import excitation_backprop as excitation_backprop
 from pullback.relevance import lrp as lrp
-from pullback.relevance import relevance_flow as relevance_flow
 from pullback.rules import Rules as Rules
 
 __all__ = [
@@ -116,7 +115,6 @@ __all__ = [
     "deep_lift_shap",
     "excitation_backprop",
     "lrp",
-    "relevance_flow",
     "attention_relevance",
     "attention_rollout",
     "attention_weights",

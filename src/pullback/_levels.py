@@ -7,6 +7,7 @@ the same operations, each at a level of its own: a transform of `torch.func`, or
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -66,3 +67,17 @@ class _OwnElsewhere(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, ruled: Tensor, own: Tensor, _: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return own.clone()
+
+
+_forward_mode = threading.RLock()
+
+
+def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    """Run `torch.func.jvp`, one thread at a time.
+
+    torch keeps the levels of forward mode for the process, not for the thread: two threads would end each other's.
+    """
+    if compiling():
+        return torch.func.jvp(function, primals, tangents)
+    with _forward_mode:
+        return torch.func.jvp(function, primals, tangents)

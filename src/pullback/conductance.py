@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import vjp
 
 from pullback._batch import folded, repeated, unfolded
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, activations, cotangent, public, pullback
+from pullback._levels import jvp
 from pullback.paths import (
     Course,
     Path,
@@ -25,9 +25,6 @@ from pullback.paths import (
     straight,
 )
 from pullback.rules import Rules, table_of
-
-# torch keeps the levels of forward mode for the process, not for the thread: two threads would end each other's
-_FORWARD_MODE = threading.RLock()
 
 
 @public
@@ -233,8 +230,7 @@ class _Tour(Course):
     def speeds(self, points: Tensors, velocities: Tensors) -> list[Tensor]:
         """Give the derivative of the layer's activations as the input moves."""
         primals, tangents = (tuple(folded(t) for t in tensors) for tensors in (points, velocities))
-        with _FORWARD_MODE:
-            speeds = jvp(lambda *tensors: self.activations(tensors), primals, tangents)[1]
+        speeds = jvp(lambda *tensors: self.activations(tensors), primals, tangents)[1]
         return [unfolded(s, len(points[0])) for s in speeds]
 
 

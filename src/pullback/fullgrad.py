@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import vjp
 
 from pullback import _native, maps
 from pullback._call import Inputs, Model, Params, Select, Target, cotangent, public, run, score
+from pullback._levels import jvp
 from pullback._ops import ACTIVATIONS, Operation, Table, operation_of
 from pullback._targets import shared_pull
 

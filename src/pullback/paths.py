@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import vjp
 
 from pullback import maps
 from pullback._batch import chunks, folded, repeated, unfolded
@@ -34,6 +34,7 @@ from pullback._call import (
     run,
     score,
 )
+from pullback._levels import jvp
 from pullback._native import layer_norm
 from pullback._ops import Table
 from pullback._random import Seed, normal, uniform
