@@ -58,8 +58,9 @@ def lrp(
     .. math:: R_i = \sum_j \frac{q_{ji}}{\sum_k q_{jk}} R_j
 
     with contributions q that the rules define. Relevance adds up to the score where the rules conserve it: biases and
-    the epsilon in denominators take their share unless a rule is made with ``bias=False``. Costs 1.5 to 4 gradients;
-    under `vmap` over targets one forward, with the denominators, and one backward a target.
+    the epsilon in denominators take their share unless a rule is made with ``bias=False``. Costs 1 gradient with the
+    epsilon rule, and with others, at each linear map, one more forward and backward for each kind of contribution that
+    they tell apart; under `vmap` over targets the forwards are shared.
 
     Args:
         params, model, x, target, layer, at, output: See `gradient`.
