@@ -106,7 +106,7 @@ def attention_relevance(
     .. math:: R \leftarrow R + \overline{(\nabla A_l \odot A_l)^+} \, R, \quad R_0 = 1
 
     with the mean over heads, from the first layer to the last: the self-attention rule of Chefer et al., who call it
-    generic attention explainability. Specific to the target. Costs 1 gradient.
+    generic attention explainability. Specific to the target. Costs 2 forwards and 1 backward.
 
     Args:
         params, model, x, target, output: See `gradient`.
