@@ -219,10 +219,9 @@ def has_sides(case: Case) -> bool:
 def ends_in_cam(case: Case) -> bool:
     """The layer's channels go through positions' mean to a linear layer `head` that gives the output."""
     head = getattr(case.twin(), "head", None)
-    return isinstance(head, torch.nn.Linear) and head.in_features == channels(case) and case.name not in CURVED_AFTER
+    return isinstance(head, torch.nn.Linear) and head.in_features == channels(case)
 
 
-CURVED_AFTER: set[str] = set()
 CLASSIFIES = {case.name for case in CASES if case.targets and case.call(case.twin(), case.x).ndim == 2}
 
 GROUPED = "feature_ablation feature_permutation shapley_values shapley_sampling kernel_shap lime".split()
