@@ -3,6 +3,7 @@
 import inspect
 
 import pullback
+from pullback import metrics
 
 PUBLIC = """
 PullbackWarning
@@ -73,9 +74,41 @@ hsic_attribution
 similar_detections
 """.split()
 
+METRICS = """
+METRICS
+Metric
+peak
+pointing_hits
+pointing_game
+energy_pointing_game
+relevance_mass
+relevance_rank
+top_k_intersection
+iou_at_area
+insertion
+deletion
+road
+irof
+softmax_information
+accuracy_information
+residual_entropy
+average_drop
+average_increase
+infidelity
+completeness
+max_sensitivity
+average_sensitivity
+local_lipschitz
+parameter_randomisation
+random_logit
+sparseness
+complexity
+""".split()
+
 
 def test_public_names():
     assert list(pullback.__all__) == PUBLIC
+    assert list(metrics.__all__) == METRICS
 
 
 def test_every_public_name_is_there_and_says_what_it_is():

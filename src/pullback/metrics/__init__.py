@@ -1,0 +1,79 @@
+"""Judge explanations: is the map where the object is, does the model agree with it, does it last?
+
+    localisation    maps against masks of objects
+    faithfulness    what the model makes of the input without, or with, what the map points to
+    information     the same over how much information is in view
+    robustness      methods on inputs that hardly differ
+    randomisation   methods on random weights, and on other classes
+    simplicity      how few values carry a map
+
+All give one number, or yes or no, for each example, ``[batch]``; papers report their mean. All are pure, run on the
+device of what they are given, and under `vmap` over maps and seeds. Metrics with a model are called like a method,
+``metric(params, model, x, target, judged)``.
+
+`METRICS` tells of each what it judges, what it needs, its direction, range and chance level: by its name a
+`Metric` ``(function, judges, model, masks, higher, range, chance)``.
+
+    >>> [name for name, metric in METRICS.items() if metric.masks and metric.chance != "share"]
+    ['iou_at_area']
+"""
+
+from pullback.metrics._table import METRICS as METRICS
+from pullback.metrics._table import Metric as Metric
+from pullback.metrics.faithfulness import average_drop as average_drop
+from pullback.metrics.faithfulness import average_increase as average_increase
+from pullback.metrics.faithfulness import completeness as completeness
+from pullback.metrics.faithfulness import deletion as deletion
+from pullback.metrics.faithfulness import infidelity as infidelity
+from pullback.metrics.faithfulness import insertion as insertion
+from pullback.metrics.faithfulness import irof as irof
+from pullback.metrics.faithfulness import road as road
+from pullback.metrics.information import accuracy_information as accuracy_information
+from pullback.metrics.information import residual_entropy as residual_entropy
+from pullback.metrics.information import softmax_information as softmax_information
+from pullback.metrics.localisation import energy_pointing_game as energy_pointing_game
+from pullback.metrics.localisation import iou_at_area as iou_at_area
+from pullback.metrics.localisation import peak as peak
+from pullback.metrics.localisation import pointing_game as pointing_game
+from pullback.metrics.localisation import pointing_hits as pointing_hits
+from pullback.metrics.localisation import relevance_mass as relevance_mass
+from pullback.metrics.localisation import relevance_rank as relevance_rank
+from pullback.metrics.localisation import top_k_intersection as top_k_intersection
+from pullback.metrics.randomisation import parameter_randomisation as parameter_randomisation
+from pullback.metrics.randomisation import random_logit as random_logit
+from pullback.metrics.robustness import average_sensitivity as average_sensitivity
+from pullback.metrics.robustness import local_lipschitz as local_lipschitz
+from pullback.metrics.robustness import max_sensitivity as max_sensitivity
+from pullback.metrics.simplicity import complexity as complexity
+from pullback.metrics.simplicity import sparseness as sparseness
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "peak",
+    "pointing_hits",
+    "pointing_game",
+    "energy_pointing_game",
+    "relevance_mass",
+    "relevance_rank",
+    "top_k_intersection",
+    "iou_at_area",
+    "insertion",
+    "deletion",
+    "road",
+    "irof",
+    "softmax_information",
+    "accuracy_information",
+    "residual_entropy",
+    "average_drop",
+    "average_increase",
+    "infidelity",
+    "completeness",
+    "max_sensitivity",
+    "average_sensitivity",
+    "local_lipschitz",
+    "parameter_randomisation",
+    "random_logit",
+    "sparseness",
+    "complexity",
+]

@@ -1,0 +1,658 @@
+"""Does the model agree with the map? Change the input where the map says that it matters, and watch the score.
+
+The functions take the same first arguments as a method, then the map or the attribution that is judged, which is of the
+input's size. By `squash` a score is a probability, as in the papers, unless it is said otherwise. Scores depend on the
+image and the model: there is no chance level in closed form. Judge a random map, ``torch.rand_like(map)``, beside
+yours: what it gets is chance.
+
+Costs are in forwards of the batch. `chunk_size` of them are run together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pullback import maps
+from pullback import masks as drawn
+from pullback._batch import chunks
+from pullback._call import Inputs, Model, Params, Select, Target, public
+from pullback._cover import Canvas, Progress, Scene, Squash, axis_sizes, canvas_of, report, wide
+from pullback._native import compiling
+from pullback._random import Seed, normal, uniform
+from pullback._targets import functorch
+from pullback.metrics._order import ranks, voided
+from pullback.metrics._way import Images, Way, area
+
+# -- pixels that come and go
+
+
+def _curve(way: Way, steps: int, images: Images, chunk_size: int | None, progress: Progress, return_info: bool) -> Any:
+    counts, shares = way.steps(steps)
+    curve = way.scores(way.ranks, counts, images, chunk_size, progress)
+    result = voided(area(curve, shares), way.map)
+    return (result, {"curve": curve, "share": shares}) if return_info else result
+
+
+@public
+def deletion(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    map: Tensor,
+    *,
+    steps: int = 100,
+    baseline: drawn.Cover = None,
+    squash: Squash = "softmax",
+    seed: Seed = 0,
+    tokens: bool = False,
+    output: Select = None,
+    strict: bool = False,
+    chunk_size: int | None = 32,
+    progress: Progress = None,
+    return_info: bool = False,
+) -> Any:
+    r"""Take pixels away from the highest of the map on, and measure the area under the score.
+
+    .. math:: \int_0^1 f_t(x \text{ without its top } s) \, ds
+
+    by trapezoids over `steps` equal groups of pixels. In [0, 1] where the score is a probability; lower is better.
+    Reads nothing but the map's order. Costs ``steps + 1`` forwards.
+
+    Args:
+        params, model, x, target, output, strict: See `gradient`.
+        map: ``[batch 1 height width]``. Equal values go in reading order.
+        steps: Groups of pixels. No more than there are pixels.
+        baseline: What a pixel that is taken away shows: zero if omitted, ``"mean"`` of its channel, ``"blur"``,
+            ``"noise"`` with the mean and spread of its channel, a number, a tensor or a function: see
+            `pullback.masks.covering`.
+        squash: What the output goes through before it is scored: ``"softmax"``, ``"sigmoid"``, a function, or `None`.
+        seed: Of the noise; an integer, or an integer tensor ``[]`` (for `vmap` over seeds).
+        tokens: `x` is ``[batch token channel]``, and the map ``[batch 1 token]``.
+        chunk_size: Steps evaluated together. `None` for all of them.
+        progress: Called with (steps done, steps in all).
+        return_info: Give also ``{"curve": [batch step], "share": [step]}``, the scores and the shares taken away.
+
+    Returns:
+        ``[batch]``; NaN where the map holds NaN.
+
+    Raises:
+        ValueError: If the map does not fit `x`, `steps` is less than 1 or `baseline` unknown.
+
+    Example:
+        >>> model = lambda params, x: x.sum((1, 2, 3))
+        >>> x = torch.rand(2, 1, 4, 4)
+        >>> best, worst = (deletion({}, model, x, None, sign * x, squash=None) for sign in (1, -1))
+        >>> bool((best <= worst).all()) and torch.allclose(best + worst, x.sum((1, 2, 3)), atol=1e-5)
+        True
+
+    Reference:
+        Petsiuk, Das & Saenko, RISE: Randomized Input Sampling for Explanation of Black-box Models, 2018, sec. 4.2.
+    """
+    way = Way(params, model, x, target, map, tokens=tokens, output=output, strict=strict, squash=squash)
+    under = way.under(baseline, seed)
+    return _curve(way, steps, lambda gone: torch.where(gone, under, way.image), chunk_size, progress, return_info)
+
+
+@public
+def insertion(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    map: Tensor,
+    *,
+    steps: int = 100,
+    baseline: drawn.Cover = "blur",
+    squash: Squash = "softmax",
+    seed: Seed = 0,
+    tokens: bool = False,
+    output: Select = None,
+    strict: bool = False,
+    chunk_size: int | None = 32,
+    progress: Progress = None,
+    return_info: bool = False,
+) -> Any:
+    r"""Put pixels into an empty image from the highest of the map on, and measure the area under the score.
+
+    .. math:: \int_0^1 f_t(x \text{ with its top } s \text{ alone}) \, ds
+
+    by trapezoids over `steps` equal groups of pixels. In [0, 1] where the score is a probability; higher is better.
+    Reads nothing but the map's order. Costs ``steps + 1`` forwards.
+
+    Args:
+        params, model, x, target, steps, squash, seed, tokens, output, strict, chunk_size, progress: See `deletion`.
+        map: ``[batch 1 height width]``. Equal values go in reading order.
+        baseline: What the empty image shows: the blurred image if omitted, as in the paper; others as in `deletion`.
+        return_info: Give also ``{"curve": [batch step], "share": [step]}``, the scores and the shares put in.
+
+    Returns:
+        ``[batch]``; NaN where the map holds NaN.
+
+    Raises:
+        ValueError: If the map does not fit `x`, `steps` is less than 1 or `baseline` unknown.
+
+    Example:
+        >>> model = lambda params, x: x.mean((2, 3))
+        >>> x, map = torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4)
+        >>> i = insertion({}, model, x, 0, map, baseline=None)
+        >>> torch.allclose(i, deletion({}, model, x, 0, -map))  # what comes last is taken away first
+        True
+
+    Reference:
+        Petsiuk, Das & Saenko, RISE: Randomized Input Sampling for Explanation of Black-box Models, 2018, sec. 4.2.
+    """
+    way = Way(params, model, x, target, map, tokens=tokens, output=output, strict=strict, squash=squash)
+    under = way.under(baseline, seed)
+    return _curve(way, steps, lambda shown: torch.where(shown, way.image, under), chunk_size, progress, return_info)
+
+
+@public
+def irof(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    map: Tensor,
+    *,
+    segments: Tensor | None = None,
+    baseline: drawn.Cover = "mean",
+    squash: Squash = "softmax",
+    seed: Seed = 0,
+    output: Select = None,
+    strict: bool = False,
+    chunk_size: int | None = 32,
+    progress: Progress = None,
+    return_info: bool = False,
+) -> Any:
+    r"""Take segments away from the one with the highest mean on, and measure the area over the score.
+
+    .. math:: \int_0^1 \Big( 1 - \frac{f_t(x \text{ without its top } s)}{f_t(x)} \Big) ds
+
+    by trapezoids over the segments of each image (iterative removal of features). At most 1 where the score is a
+    probability; higher is better. Costs a forward for each segment, and one.
+
+    Args:
+        params, model, x, target, squash, seed, output, strict, chunk_size, progress: See `deletion`.
+        map: ``[batch 1 height width]``.
+        segments: ``[batch 1 height width]`` (or 1 for batch), numbered from 0. Superpixels of `x` if omitted, see
+            `pullback.masks.superpixels`, which needs scikit-image and cannot run under a transform of `x`.
+        baseline: What a segment that is taken away shows: the mean of each channel if omitted, as in the paper; others
+            as in `deletion`.
+        return_info: Give also ``{"curve": [batch step]}``, the scores relative to that of `x`. Where an image has
+            fewer segments than others, its last value is repeated.
+
+    Returns:
+        ``[batch]``; NaN where the map holds NaN.
+
+    Raises:
+        ValueError: If map or segments do not fit `x`, or `baseline` is unknown.
+        ImportError: If `segments` are omitted and scikit-image is not installed.
+
+    Example:
+        >>> model = lambda params, x: x.sum((1, 2, 3))
+        >>> x, one_each = torch.rand(2, 1, 3, 3), torch.arange(9).reshape(1, 1, 3, 3)
+        >>> i = irof({}, model, x, None, x, segments=one_each, baseline=None, squash=None)
+        >>> d = deletion({}, model, x, None, x, squash=None)
+        >>> torch.allclose(i, 1 - d / x.sum((1, 2, 3)))
+        True
+
+    Reference:
+        Rieger & Hansen, IROF: A Low Resource Evaluation Metric for Explanation Methods, 2020, sec. 3.
+    """
+    way = Way(params, model, x, target, map, tokens=False, output=output, strict=strict, squash=squash)
+    segments = drawn.superpixels(way.image) if segments is None else segments
+    if segments.is_floating_point() or segments.shape[1:] != (1, *way.sizes) or len(segments) not in (1, len(way.map)):
+        raise ValueError(
+            f"`segments` must be integers {[len(way.map), 1, *way.sizes]}, got {segments.dtype} {list(segments.shape)}."
+        )
+    segment = segments.flatten(1).to(way.map.device).long().expand_as(way.map)
+    count = int(segment.max()) + 1
+    empty = torch.zeros(len(segment), count, dtype=wide(way.map.dtype), device=segment.device)
+    size = empty.scatter_add(1, segment, torch.ones_like(way.map, dtype=empty.dtype))
+    mean = empty.scatter_add(1, segment, way.map.to(empty.dtype)) / size
+    place = ranks(torch.where(size > 0, mean, -math.inf))
+    until = torch.arange(count + 1, device=segment.device)
+    under = way.under(baseline, seed)
+
+    def images(gone: Tensor) -> Tensor:
+        return torch.where(gone, under, way.image)
+
+    curve = way.scores(way.laid(place.gather(1, segment)), until, images, chunk_size, progress)
+    curve = curve / curve[:, :1]
+    own = (size > 0).sum(1, keepdim=True)  # numbers of segments of each image
+    between = (curve[:, 1:] + curve[:, :-1]) / 2
+    over = 1 - torch.where(until[:-1] < own, between, 0).sum(1) / own.squeeze(1)
+    result = voided(over, way.map)
+    return (result, {"curve": curve}) if return_info else result
+
+
+@public
+def road(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    map: Tensor,
+    *,
+    shares: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    least_first: bool = False,
+    noise: float = 0.01,
+    squash: Squash = "softmax",
+    seed: Seed = 0,
+    output: Select = None,
+    strict: bool = False,
+    chunk_size: int | None = 32,
+    progress: Progress = None,
+    return_info: bool = False,
+) -> Any:
+    r"""Take the highest pixels of the map away by filling them in from their neighbours, and average the score.
+
+    .. math:: \frac{1}{|S|} \sum_{s \in S} f_t(x \text{ with its top } s \text{ filled in})
+
+    Filled in is what is missing by solving, for all of it at once,
+
+    .. math:: x_p = \sum_q w_{p q} \, x_q + \epsilon_p
+
+    over the 8 neighbours q, direct ones with weight 1/6 and diagonal ones with 1/12, scaled up at the border, and with
+    noise added last. So the place of what is gone shows less than with a constant (remove and debias). In [0, 1] where
+    the score is a probability; lower is better, and higher with `least_first`. The paper reports the accuracy instead:
+    ``squash=lambda y: (y == y.amax(1, keepdim=True)).float()``. Costs a forward for each share, and the filling in.
+
+    Args:
+        params, model, x, target, squash, seed, output, strict, progress: See `deletion`.
+        map: ``[batch 1 height width]``. Equal values go in reading order.
+        shares: Of the pixels, each above 0 and below 1.
+        least_first: Take the lowest pixels away instead.
+        noise: Standard deviation of what is added to filled-in pixels, in units of `x`.
+        chunk_size: Shares evaluated together. `None` for all of them.
+        return_info: Give also ``{"curve": [batch share]}``.
+
+    Returns:
+        ``[batch]``; NaN where the map holds NaN.
+
+    Raises:
+        ValueError: If `x` is no batch of images, the map does not fit it, or a share is out of range.
+
+    Example:
+        >>> model = lambda params, x: x.mean((1, 2, 3))
+        >>> x = torch.full((1, 3, 8, 8), 0.7)  # what is filled in looks like what was there
+        >>> r = road({}, model, x, None, torch.rand(1, 1, 8, 8), noise=0.0, squash=None)
+        >>> torch.allclose(r, torch.tensor([0.7]), atol=1e-4)
+        True
+
+    Reference:
+        Rong, Leemann, Borisov, Kasneci & Kasneci, A Consistent and Efficient Evaluation Strategy for Attribution
+        Methods, 2022, sec. 4.
+    """
+    way = Way(params, model, x, target, map, tokens=False, output=output, strict=strict, squash=squash)
+    if len(way.sizes) != 2:
+        raise ValueError(f"`x` must be [batch channel height width], got {list(way.image.shape)}.")
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise ValueError(f"`shares` must be numbers above 0 and below 1, got {list(shares)}.")
+    order = ranks(-way.map if least_first else way.map)
+    counts = torch.tensor([min(int(share * way.count), way.count - 1) for share in shares], device=order.device)
+    first = torch.zeros(1, dtype=torch.long, device=order.device)
+    added = noise * normal(seed, first, way.image.shape[1:], way.image.dtype)
+
+    def images(gone: Tensor) -> Tensor:
+        filled = filled_in(way.image.expand(len(gone), *way.image.shape).flatten(0, 1), gone.flatten(0, 1))
+        return torch.where(gone, filled.unflatten(0, gone.shape[:2]) + added, way.image)
+
+    curve = way.scores(way.laid(order), counts, images, chunk_size, progress)
+    result = voided(curve.mean(1), way.map)
+    return (result, {"curve": curve}) if return_info else result
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """Give the values of all examples that transforms hide."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def filled_in(images: Tensor, gone: Tensor, *, tolerance: float = 1e-5, iterations: int = 2000) -> Tensor:
+    """Fill what is gone of ``[image channel height width]`` with weighted means of its neighbours: see `road`.
+
+    The linear system is symmetric and positive definite, one for each image and channel; conjugate gradients solve all
+    of them together.
+
+    Args:
+        images: What is not gone is kept.
+        gone: ``[image 1 height width]``, bool, not True everywhere.
+        tolerance: Of the residual, relative to the right side.
+        iterations: At most.
+
+    Example:
+        >>> ramp = torch.arange(7.0).expand(1, 1, 7, 7)
+        >>> gone = torch.zeros(1, 1, 7, 7, dtype=torch.bool)
+        >>> gone[..., 2:5, 2:5] = True
+        >>> torch.allclose(filled_in(ramp, gone), ramp, atol=1e-3)
+        True
+    """
+    shape, dtype = images.shape, wide(images.dtype)
+    x = images.reshape(-1, 1, *shape[2:]).to(dtype)
+    open = gone.expand(shape).reshape(x.shape)
+    near = torch.tensor([[1.0, 2.0, 1.0], [2.0, 0.0, 2.0], [1.0, 2.0, 1.0]], dtype=dtype, device=x.device) / 12
+
+    def neighbours(values: Tensor) -> Tensor:
+        return F.conv2d(values, near[None, None], padding=1)
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((1, 2, 3), keepdim=True)
+
+    whole = neighbours(torch.ones_like(x[:1]))  # 1 but at the border
+    known = torch.where(open, 0, x)
+    right = torch.where(open, neighbours(known), 0)
+    mean = known.sum((2, 3), keepdim=True) / (~open).sum((2, 3), keepdim=True)
+    solution = torch.where(open, mean, 0)
+    residual = right - torch.where(open, whole * solution - neighbours(solution), 0)
+    direction, square = residual, dot(residual, residual)
+    enough = tolerance**2 * dot(right, right)
+    for _ in range(iterations):
+        going = square > enough
+        if not compiling() and not bool(_unwrapped(going).any()):
+            break
+        image = torch.where(open, whole * direction - neighbours(direction), 0)
+        step = torch.where(going, square / torch.where(going, dot(direction, image), 1), 0)
+        solution, residual = solution + step * direction, residual - step * image
+        before, square = square, torch.where(going, dot(residual, residual), square)
+        direction = residual + torch.where(going, square / torch.where(going, before, 1), 0) * direction
+    return torch.where(open, solution, x).reshape(shape).to(images.dtype)
+
+
+# -- maps as masks
+
+
+def _through(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    map: Tensor,
+    baseline: drawn.Cover,
+    seed: Seed,
+    **how: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score the image, and what shows through the map, scaled to [0, 1]; and give the map."""
+    way = Way(params, model, x, target, map, **how)
+    mask = way.laid(maps.normalise(way.map)).to(way.image.dtype)
+    under = way.under(baseline, seed)
+    seen = torch.stack((way.image, under + mask * (way.image - under)))
+    whole, through = way.scene.scores(2, lambda _, __: way.canvas.restore(seen)).to(wide(way.scene.dtype))
+    return whole, through, way.map
+
+
+@public
+def average_drop(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    map: Tensor,
+    *,
+    baseline: drawn.Cover = None,
+    squash: Squash = "softmax",
+    seed: Seed = 0,
+    tokens: bool = False,
+    output: Select = None,
+    strict: bool = False,
+) -> Tensor:
+    r"""Measure by what share the score falls when the image is seen through the map.
+
+    .. math:: \frac{\max\big(0, f_t(x) - f_t(x \odot m)\big)}{f_t(x)}, \qquad m \in [0, 1]
+
+    with m the map scaled by its least and greatest value. In [0, 1] where the score is a probability; lower is better.
+    The paper's average drop is the mean over images, in per cent. A map of ones, which explains nothing, is perfect.
+    Costs 2 forwards, in one batch.
+
+    Args:
+        params, model, x, target, squash, seed, tokens, output, strict: See `deletion`.
+        map: ``[batch 1 height width]``.
+        baseline: What is seen where the map is 0: zeros if omitted, as in the paper; others as in `deletion`.
+
+    Returns:
+        ``[batch]``; NaN where the map holds NaN.
+
+    Raises:
+        ValueError: If the map does not fit `x`, or `baseline` is unknown.
+
+    Example:
+        >>> model = lambda params, x: x.mean((1, 2, 3))
+        >>> x, map = torch.ones(1, 1, 2, 2), torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])
+        >>> average_drop({}, model, x, None, map, squash=None)  # half the image is gone
+        tensor([0.5000])
+
+    Reference:
+        Chattopadhyay, Sarkar, Howlader & Balasubramanian, Grad-CAM++, 2018, sec. 4.1.
+    """
+    how = {"tokens": tokens, "output": output, "strict": strict, "squash": squash}
+    whole, through, map = _through(params, model, x, target, map, baseline, seed, **how)
+    return voided((whole - through).clamp(min=0) / whole, map)
+
+
+@public
+def average_increase(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    map: Tensor,
+    *,
+    baseline: drawn.Cover = None,
+    squash: Squash = "softmax",
+    seed: Seed = 0,
+    tokens: bool = False,
+    output: Select = None,
+    strict: bool = False,
+) -> Tensor:
+    r"""Tell whether the score rises when the image is seen through the map.
+
+    .. math:: f_t(x \odot m) > f_t(x), \qquad m \in [0, 1]
+
+    with m the map scaled by its least and greatest value. Higher is better: the paper's increase in confidence is the
+    mean over images, in per cent. Costs 2 forwards, in one batch.
+
+    Args:
+        params, model, x, target, squash, seed, tokens, output, strict: See `deletion`.
+        map, baseline: See `average_drop`.
+
+    Returns:
+        ``[batch]``, bool; False where the map holds NaN.
+
+    Raises:
+        ValueError: If the map does not fit `x`, or `baseline` is unknown.
+
+    Example:
+        >>> model = lambda params, x: -x[:, 0, 0, 0]
+        >>> x, map = torch.ones(1, 1, 2, 2), torch.tensor([[[[0.0, 1.0], [1.0, 1.0]]]])
+        >>> average_increase({}, model, x, None, map, squash=None)  # what spoke against it is gone
+        tensor([True])
+
+    Reference:
+        Chattopadhyay, Sarkar, Howlader & Balasubramanian, Grad-CAM++, 2018, sec. 4.1.
+    """
+    how = {"tokens": tokens, "output": output, "strict": strict, "squash": squash}
+    whole, through, map = _through(params, model, x, target, map, baseline, seed, **how)
+    return voided(through > whole, map)
+
+
+# -- attributions as predictions of the score
+
+
+@public
+def completeness(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    attribution: Any,
+    *,
+    baseline: Any = None,
+    output: Select = None,
+    strict: bool = False,
+) -> Tensor:
+    r"""Measure by how much an attribution's sum misses the difference in score that it should share out.
+
+    .. math:: \Big| \sum_i a_i - \big( f_t(x) - f_t(b) \big) \Big|
+
+    0 is best, and what complete methods reach up to the error of an integral; not bounded. Costs 2 forwards, in one
+    batch.
+
+    Args:
+        params, model, x, target, output, strict: See `gradient`.
+        attribution: ``[batch ...]``, of the input or of a layer; a tuple or dict where there are several, with `None`
+            where there is none.
+        baseline: What the attribution is relative to: zeros if omitted; a number, a tensor, ``"mean"``, ``"blur"`` or a
+            function, see `pullback.masks.covering`. Where `x` is a tuple or dict, so may it be.
+
+    Returns:
+        ``[batch]``, in units of the score; NaN where the attribution holds NaN.
+
+    Raises:
+        ValueError: If the attribution has another batch size than `x`.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> params, x = params_of(model), torch.randn(4, 3)
+        >>> gap = completeness(params, model, x, 0, input_x_gradient(params, model, x, 0))
+        >>> torch.allclose(gap, torch.zeros(4), atol=1e-5)
+        True
+
+    Reference:
+        Sundararajan, Taly & Yan, Axiomatic Attribution for Deep Networks, 2017, sec. 3.
+    """
+    scene = Scene(params, model, x, target, output=output, strict=strict)
+    parts = attribution if isinstance(attribution, tuple | list) else [attribution]
+    parts = [part for part in (attribution.values() if isinstance(attribution, Mapping) else parts) if part is not None]
+    if not parts or any(part.shape[:1] != (scene.batch,) for part in parts):
+        got = [list(part.shape) for part in parts]
+        raise ValueError(f"`attribution` must be [batch ...] with a batch of {scene.batch}, got {got}.")
+    keys = scene.leaves.floating
+
+    def cover(part: int, values: Tensor) -> Tensor:
+        own = baseline[keys[part]] if isinstance(baseline, tuple | list | Mapping) else baseline
+        return torch.stack((values[0], drawn.covering(values[0], own).expand_as(values[0])))
+
+    whole, without = scene.scores(2, cover).to(wide(scene.dtype))
+    total = sum(part.flatten(1).to(whole.dtype).sum(1) for part in parts)
+    return (total - (whole - without)).abs()
+
+
+@public
+def infidelity(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    attribution: Tensor,
+    *,
+    samples: int = 100,
+    perturbation: str | Callable[[Tensor, Tensor], Tensor] = "square",
+    window: int | Sequence[int] | None = None,
+    noise: float = 0.1,
+    baseline: drawn.Cover = None,
+    rescale: bool = False,
+    seed: Seed = 0,
+    output: Select = None,
+    strict: bool = False,
+    chunk_size: int | None = 32,
+    progress: Progress = None,
+) -> Tensor:
+    r"""Measure how well an attribution predicts what random perturbations do to the score.
+
+    .. math:: \mathbb{E}_I \Big[ \big( I^\top a - (f_t(x) - f_t(x - I)) \big)^2 \Big]
+
+    0 is best; not bounded, in units of the score squared. Costs ``samples + 1`` forwards.
+
+    Args:
+        params, model, x, target, output, strict: See `gradient`.
+        attribution: Signed, of the shape of `x`.
+        samples: Number of perturbations. They are the same for all examples.
+        perturbation: The I: ``"square"`` takes a square at a random place to the baseline, ``"noise"`` takes Gaussian
+            noise off, a function of `x` and the sample indices gives ``[sample batch ...]``.
+        window: Size of the square, one number or one a spatial axis; a quarter of each axis if omitted.
+        noise: Standard deviation, in units of `x`.
+        baseline: See `pullback.masks.covering`. Zeros if omitted.
+        rescale: Multiply each attribution by the one number that serves it best, for attributions that are right up to
+            their scale: :math:`\sum I^\top a \, \Delta f / \sum (I^\top a)^2`. Ours; not in the paper.
+        seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
+        chunk_size: Samples evaluated together. `None` for all of them.
+        progress: Called with (samples done, samples in all).
+
+    Returns:
+        ``[batch]``; NaN where the attribution holds NaN.
+
+    Raises:
+        ValueError: If the attribution is not of the shape of `x`, `samples` is less than 1, the window does not fit or
+            the perturbation is unknown.
+
+    Example:
+        >>> model = torch.nn.Linear(6, 2).double()
+        >>> params, x = params_of(model), torch.randn(4, 6).double()
+        >>> a = gradient(params, model, x, 0)  # a linear model does what its gradient says
+        >>> torch.allclose(infidelity(params, model, x, 0, a), torch.zeros(4).double())
+        True
+
+    Reference:
+        Yeh, Hsieh, Suggala, Inouye & Ravikumar, On the (In)fidelity and Sensitivity of Explanations, 2019, sec. 2.
+    """
+    if samples < 1:
+        raise ValueError(f"`samples` must be at least 1, got {samples}.")
+    scene = Scene(params, model, x, target, output=output, strict=strict)
+    canvas = canvas_of(scene)
+    image = scene.covered
+    if attribution.shape != image.shape:
+        raise ValueError(
+            f"`attribution` must have the shape of `x`, {list(image.shape)}, got {list(attribution.shape)}."
+        )
+    squares = _squares(canvas, window)
+
+    def moved(index: Tensor) -> Tensor:
+        if callable(perturbation):
+            return perturbation(image, index)
+        if perturbation == "noise":
+            return noise * normal(seed, index, image.shape[1:], image.dtype).unsqueeze(1)
+        if perturbation == "square":
+            shown = canvas.lay(image)
+            away = shown - drawn.covering(shown, baseline)
+            return canvas.restore(torch.where(squares(seed, index)[:, None, None], away, 0))
+        raise ValueError(f"`perturbation` must be 'square', 'noise' or a function, got {perturbation!r}.")
+
+    whole = scene.scores(1, lambda _, values: values)
+    dtype, predicted, found = wide(scene.dtype), [], []
+    for part in chunks(samples, chunk_size):
+        change = moved(torch.arange(part.start, part.stop, device=scene.device))
+        found.append(whole - scene.scores(len(part), lambda _, values: values - change))  # noqa: B023
+        predicted.append((change * attribution).to(dtype).flatten(2).sum(2))
+        report(progress, part.stop, samples)
+    told, done = torch.cat(predicted), torch.cat(found).to(dtype)  # [sample batch]
+    if rescale:
+        square = told.square().sum(0)
+        told = told * ((told * done).sum(0) / torch.where(square == 0, 1, square))
+    return (told - done).square().mean(0)
+
+
+def _squares(canvas: Canvas, window: int | Sequence[int] | None) -> Callable[[Seed, Tensor], Tensor]:
+    """Place a window at random: from seed and sample indices to ``[sample *sizes]``, True within."""
+    window = axis_sizes("window", window, canvas.sizes, lambda n: math.ceil(n / 4))
+    if any(w > n for w, n in zip(window, canvas.sizes, strict=True)):
+        raise ValueError(f"`window` must fit the spatial axes {list(canvas.sizes)}, got {list(window)}.")
+
+    def squares(seed: Seed, index: Tensor) -> Tensor:
+        places = uniform(seed, index, (len(window),), torch.float32)
+        within = torch.ones(len(index), *canvas.sizes, dtype=torch.bool, device=index.device)
+        for axis, (length, width) in enumerate(zip(canvas.sizes, window, strict=True)):
+            start = (places[:, axis] * (length - width + 1)).long()
+            place = torch.arange(length, device=index.device)
+            along = (place >= start[:, None]) & (place < start[:, None] + width)
+            within = within & along.reshape(-1, *[length if k == axis else 1 for k in range(len(window))])
+        return within
+
+    return squares
