@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pullback import maps
@@ -23,9 +22,8 @@ from pullback import masks as drawn
 from pullback._batch import chunks
 from pullback._call import Inputs, Model, Params, Select, Target, public
 from pullback._cover import Canvas, Progress, Scene, Squash, axis_sizes, canvas_of, report, wide
-from pullback._native import compiling
 from pullback._random import Seed, normal, uniform
-from pullback._targets import functorch
+from pullback.metrics._filling import filled_in
 from pullback.metrics._order import ranks, voided
 from pullback.metrics._way import Images, Way, area
 
@@ -258,10 +256,10 @@ def road(
 
     Filled in is what is missing by solving, for all of it at once,
 
-    .. math:: x_p = \sum_q w_{p q} \, x_q + \epsilon_p
+    .. math:: x_p = \sum_q w_{p q} \, x_q
 
-    over the 8 neighbours q, direct ones with weight 1/6 and diagonal ones with 1/12, scaled up at the border, and with
-    noise added last. So the place of what is gone shows less than with a constant (remove and debias). In [0, 1] where
+    over the 8 neighbours q, direct ones with weight 1/6 and diagonal ones with 1/12, in proportion at the border, and
+    adding noise. So the place of what is gone shows less than with a constant (remove and debias). In [0, 1] where
     the score is a probability; lower is better, and higher with `least_first`. The paper reports the accuracy instead:
     ``squash=lambda y: (y == y.amax(1, keepdim=True)).float()``. Costs a forward for each share, and the filling in.
 
@@ -308,63 +306,6 @@ def road(
     curve = way.scores(way.laid(order), counts, images, chunk_size, progress)
     result = voided(curve.mean(1), way.map)
     return (result, {"curve": curve}) if return_info else result
-
-
-def _unwrapped(tensor: Tensor) -> Tensor:
-    """Give the values of all examples that transforms hide."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor
-
-
-def filled_in(images: Tensor, gone: Tensor, *, tolerance: float = 1e-5, iterations: int = 2000) -> Tensor:
-    """Fill what is gone of ``[image channel height width]`` with weighted means of its neighbours: see `road`.
-
-    The linear system is symmetric and positive definite, one for each image and channel; conjugate gradients solve all
-    of them together.
-
-    Args:
-        images: What is not gone is kept.
-        gone: ``[image 1 height width]``, bool, not True everywhere.
-        tolerance: Of the residual, relative to the right side.
-        iterations: At most.
-
-    Example:
-        >>> ramp = torch.arange(7.0).expand(1, 1, 7, 7)
-        >>> gone = torch.zeros(1, 1, 7, 7, dtype=torch.bool)
-        >>> gone[..., 2:5, 2:5] = True
-        >>> torch.allclose(filled_in(ramp, gone), ramp, atol=1e-3)
-        True
-    """
-    shape, dtype = images.shape, wide(images.dtype)
-    x = images.reshape(-1, 1, *shape[2:]).to(dtype)
-    open = gone.expand(shape).reshape(x.shape)
-    near = torch.tensor([[1.0, 2.0, 1.0], [2.0, 0.0, 2.0], [1.0, 2.0, 1.0]], dtype=dtype, device=x.device) / 12
-
-    def neighbours(values: Tensor) -> Tensor:
-        return F.conv2d(values, near[None, None], padding=1)
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum((1, 2, 3), keepdim=True)
-
-    whole = neighbours(torch.ones_like(x[:1]))  # 1 but at the border
-    known = torch.where(open, 0, x)
-    right = torch.where(open, neighbours(known), 0)
-    mean = known.sum((2, 3), keepdim=True) / (~open).sum((2, 3), keepdim=True)
-    solution = torch.where(open, mean, 0)
-    residual = right - torch.where(open, whole * solution - neighbours(solution), 0)
-    direction, square = residual, dot(residual, residual)
-    enough = tolerance**2 * dot(right, right)
-    for _ in range(iterations):
-        going = square > enough
-        if not compiling() and not bool(_unwrapped(going).any()):
-            break
-        image = torch.where(open, whole * direction - neighbours(direction), 0)
-        step = torch.where(going, square / torch.where(going, dot(direction, image), 1), 0)
-        solution, residual = solution + step * direction, residual - step * image
-        before, square = square, torch.where(going, dot(residual, residual), square)
-        direction = residual + torch.where(going, square / torch.where(going, before, 1), 0) * direction
-    return torch.where(open, solution, x).reshape(shape).to(images.dtype)
 
 
 # -- maps as masks
