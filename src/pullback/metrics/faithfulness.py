@@ -443,8 +443,8 @@ def completeness(
 
     .. math:: \Big| \sum_i a_i - \big( f_t(x) - f_t(b) \big) \Big|
 
-    0 is best, and what complete methods reach up to the error of an integral; not bounded. Costs 2 forwards, in one
-    batch.
+    At least 0, lower is better; not bounded. Complete methods reach 0, up to the error of an integral. Costs 2 forwards,
+    in one batch.
 
     Args:
         params, model, x, target, output, strict: See `gradient`.
@@ -510,7 +510,7 @@ def infidelity(
 
     .. math:: \mathbb{E}_I \Big[ \big( I^\top a - (f_t(x) - f_t(x - I)) \big)^2 \Big]
 
-    0 is best; not bounded, in units of the score squared. Costs ``samples + 1`` forwards.
+    At least 0, lower is better; not bounded, in units of the score squared. Costs ``samples + 1`` forwards.
 
     Args:
         params, model, x, target, output, strict: See `gradient`.

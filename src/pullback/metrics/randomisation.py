@@ -10,6 +10,7 @@ of the two explanations is constant there is nothing to compare, and it counts a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 from pullback._batch import chunks
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, params_of, public, run
 from pullback._cover import Progress, report, wide
-from pullback._random import Seed, normal, uniform
+from pullback._random import Seed, uniform
 from pullback._shell import named_layers
 from pullback._targets import over_targets
 
@@ -105,7 +106,7 @@ def parameter_randomisation(
     with the parameters of layer l, ``"independent"``, or of all layers from the top to l, ``"cascading"``, drawn
     afresh. In [-1, 1]; lower is better, 0 by chance. A method that stays near 1 shows the image, not the model.
 
-    The new values are normal, with mean and standard deviation of the parameter that they replace, so that activations
+    The new values are uniform, with mean and standard deviation of the parameter that they replace, so that activations
     keep their scale; the paper draws from the initialisation. Buffers, such as running statistics, stay. A parameter
     whose values are all equal stays too.
 
@@ -158,7 +159,8 @@ def parameter_randomisation(
         if draw is not None:
             return draw(name, old, index)
         mean, spread = old.mean(), old.std(correction=0)
-        return mean + spread * normal(seed, index.to(old.device), old.shape, old.dtype, streams[name])
+        drawn = uniform(seed, index.to(old.device), old.shape, old.dtype, streams[name])
+        return mean + spread * math.sqrt(12) * (drawn - 0.5)
 
     def explain(new: dict[str, Tensor]) -> Any:
         return method({**whole, **new}, model, x, target, **options)
