@@ -1,8 +1,9 @@
 """What every benchmark shares: interleaved timing, peak memory, the machine, tables and JSON.
 
 Times are medians over rounds in which every case runs once, so that a slow moment of the machine hits all of them. A
-ratio is the median of the rounds' ratios, with its quartiles. Peak memory is what a fresh process needs above its state
-after loading model and input: the resident set on a CPU, the allocator's peak on CUDA.
+ratio is the median of the rounds' ratios, with its quartiles. On CUDA times are between device events. Peak memory is
+what a fresh process needs above its state after loading model and input: the resident set on a CPU, the allocator's
+peak on CUDA.
 """
 
 from __future__ import annotations
@@ -26,6 +27,16 @@ import torch
 from torch import Tensor, nn
 
 Run = Callable[[], Any]
+
+# where Grad-CAM is taken
+LAYERS = {
+    "tiny": "3",
+    "resnet18": "layer4",
+    "resnet50": "layer4",
+    "vgg16": "features.29",
+    "vit_b_16": "encoder.layers.encoder_layer_11.ln_1",
+    "lite0": "_bn1",
+}
 
 
 def arguments(description: str, **flags: Any) -> argparse.Namespace:
@@ -76,31 +87,61 @@ def _processor() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def _synchronise(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def seconds(cases: Mapping[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
-    """Time each case once a round, all cases in turn, after one run of each."""
-    taken: dict[str, list[float]] = {name: [] for name in cases}
-    for run in cases.values():
+def once(run: Run, device: str) -> float:
+    """Give the seconds that one run takes."""
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
         run()
-    for _ in range(rounds):
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def seconds(
+    cases: Mapping[str, Run],
+    rounds: int,
+    device: str,
+    *,
+    limit: float = float("inf"),
+    least: float = 0.0,
+    warm: bool = False,
+) -> dict[str, list[float]]:
+    """Time each case once a round, all cases in turn, after one run of each unless they are `warm`.
+
+    After `limit` seconds no round begins, but for the first two. A case that takes less than `least` seconds is
+    repeated in its turn, and its mean taken.
+    """
+    begun = time.perf_counter()
+    for run in () if warm else cases.values():
+        run()
+    repeats = {name: max(1, round(least / once(run, device))) if least else 1 for name, run in cases.items()}
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for done in range(rounds):
+        if done >= 2 and time.perf_counter() - begun > limit:
+            break
         for name, run in cases.items():
             gc.collect()
-            _synchronise(device)
-            start = time.perf_counter()
-            run()
-            _synchronise(device)
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(once(_repeated(run, repeats[name]), device) / repeats[name])
     return taken
+
+
+def _repeated(run: Run, times: int) -> Run:
+    def runs() -> None:
+        for _ in range(times):
+            run()
+
+    return runs
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) < 2:
         return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
 
 
@@ -152,7 +193,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def milliseconds(values: Sequence[float]) -> str:
-    return f"{quartiles(values)[1] * 1e3:.1f}"
+    middle = quartiles(values)[1] * 1e3
+    return f"{middle:.1f}" if middle >= 10 else f"{middle:.3g}"
 
 
 def with_spread(values: tuple[float, float, float]) -> str:
@@ -164,32 +206,49 @@ def megabytes(size: int) -> str:
     return f"{size / 2**20:.0f}"
 
 
-def finish(options: argparse.Namespace, name: str, text: str, results: Any) -> None:
-    """Print a table and what it was measured on; write both as JSON where asked."""
+def finish(
+    options: argparse.Namespace, name: str, text: str, results: Any, headlines: Sequence[Sequence[str]] = ()
+) -> None:
+    """Print a table and what it was measured on; write both as JSON where asked.
+
+    `headlines` are the rows that README shows: what, ours, the best of the others, and the ratio.
+    """
     about = machine(options.device)
     print(text)
-    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-    print(f"\n{about['device']}, {about['threads']} threads, Python {about['python']}, {versions}, {about['date']}.")
+    print(f"\n{measured_on(about)}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"benchmark": name, "machine": about, "results": results, "text": text}
+        record = {"benchmark": name, "machine": about, "results": results, "text": text, "headlines": list(headlines)}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measured_on(about: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+    return f"{about['device']}, {about['threads']} threads, Python {about['python']}, {versions}, {about['date']}."
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """Give the largest difference of two tensors as a fraction of the largest entry of the second."""
+    return (a.detach() - b.detach()).abs().max().item() / max(b.detach().abs().max().item(), 1e-30)
 
 
 def agree(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> None:
     """A faster wrong answer is no win: raise unless `a` equals `b` up to a fraction of the largest entry."""
-    gap = (a.detach() - b.detach()).abs().max().item() / max(b.abs().max().item(), 1e-30)
-    if not gap <= tolerance:
-        raise AssertionError(f"the values differ by {gap:.1e} of the largest")
+    if not gap(a, b) <= tolerance:
+        raise AssertionError(f"the values differ by {gap(a, b):.1e} of the largest")
 
 
 def network(name: str, device: str) -> tuple[nn.Module, int]:
     """Give a network with frozen weights, and its image size: torchvision's names with random weights, or the trained
-    EfficientNet-Lite0 as ``lite0``."""
+    EfficientNet-Lite0 as ``lite0``. ``mlp`` has three layers and takes a vector."""
     torch.manual_seed(0)
-    if name == "tiny":
+    if name == "mlp":
+        layers = (nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        model: nn.Module = nn.Sequential(*layers)
+        size = 32
+    elif name == "tiny":
         layers = (nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
-        model: nn.Module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
         size = 32
     else:
         from pullback._networks import import_torchvision, load
@@ -202,4 +261,19 @@ def network(name: str, device: str) -> tuple[nn.Module, int]:
             import torchvision
 
             model, size = getattr(torchvision.models, name)(weights=None), 224
+            if name.startswith("vit"):
+                nn.init.normal_(model.get_parameter("heads.head.weight"))  # it starts at zero, as every gradient would
     return model.eval().requires_grad_(False).to(device), size
+
+
+def example(model: nn.Module, size: int, device: str, batch: int = 1) -> Tensor:
+    """Draw an input of a network: images, or vectors where it begins with a linear layer."""
+    vectors = isinstance(next(m for m in model.modules() if not any(m.children())), nn.Linear)
+    torch.manual_seed(1)
+    return torch.randn(batch, size).to(device) if vectors else torch.randn(batch, 3, size, size).to(device)
+
+
+def plain_gradient(model: nn.Module, x: Tensor, target: int = 0) -> Tensor:
+    """What anyone would write: the reference of every ratio."""
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(model(leaf)[:, target].sum(), leaf)[0]

@@ -1,9 +1,12 @@
-"""Many targets of one image: `over_targets` and `vmap` against the loops that other libraries run.
+"""Many targets of one image: `over_targets` beside the loops and repeated batches that other libraries run.
 
-F is a forward, B a backward of the same network on the same image in plain autograd, weights frozen. K targets cannot
-cost less than F + K B where every operation is as efficient on one cotangent as on K.
+F is a forward and B a backward of the same network on the same image in plain autograd, weights frozen, B in the batch
+in which it is cheapest: both are measured in the same rounds. K targets cannot cost less than the *bound*: F + K B, the
+fewer of K and the width of a linear head in the place of K where the pull is linear; as often as there are steps for
+integrated gradients; F for Grad-CAM at the last layer. Loops take as long a target whatever their number, so they are
+measured over a few, and the time is that times K.
 
-    python benchmarks/targets.py --network resnet18 --targets 32
+    python benchmarks/targets.py --networks resnet50 --methods gradient --targets 8,64
 """
 
 from __future__ import annotations
@@ -15,107 +18,162 @@ import torch
 from _measure import (
     agree,
     arguments,
+    example,
     finish,
-    megabytes,
     milliseconds,
     network,
-    peak_in_process,
-    peak_of,
+    once,
     quartiles,
     ratio,
     seconds,
     table,
     with_spread,
 )
+from _peers import STEPS, absent, gaps, options_of, peers, suits
 from torch import Tensor
 
-from pullback import grad_cam, gradient, over_targets, params_of
+import pullback
+from pullback import over_targets
+
+Run = Callable[[], Any]
 
 
-def cases(model: torch.nn.Module, x: Tensor, count: int, layer: str) -> dict[str, Callable[[], Any]]:
-    params, targets = params_of(model), torch.arange(count, device=x.device)
+def backward_in(model: torch.nn.Module, x: Tensor, batch: int) -> Run:
+    leaf = x.repeat(batch, *[1] * (x.ndim - 1)).requires_grad_()
+    scores = model(leaf)[:, 0].sum()
+    return lambda: torch.autograd.grad(scores, leaf, retain_graph=True)
+
+
+def cheapest_batch(model: torch.nn.Module, x: Tensor, device: str) -> int:
+    """Give the batch in which a backward costs least an example."""
+
+    def cost(batch: int) -> float:
+        run = backward_in(model, x, batch)
+        return min(once(run, device) for _ in range(3)) / batch
+
+    return min((1, 2, 4, 8, 16), key=cost)
+
+
+def measure(name: str, method: str, options: Any) -> tuple[list[list[str]], dict[str, Any], list[list[str]]]:
+    model, size = network(name, options.device)
+    x, device = example(model, size, options.device), options.device
+    params, how, ours = pullback.params_of(model), options_of(method, name), getattr(pullback, method)
+    few, batch = options.batch if method != "integrated_gradients" else 2, cheapest_batch(model, x, device)
+    with torch.no_grad():
+        classes = model(x).shape[1]
+
+    def many(count: int) -> Tensor:
+        return over_targets(ours)(params, model, x, torch.arange(count, device=device), **how)
 
     def forward() -> Tensor:
         with torch.no_grad():
             return model(x)
 
-    def plain() -> Tensor:
-        leaf = x.clone().requires_grad_()
-        return torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)[0]
-
-    def fresh_loop() -> Tensor:
-        found = []
-        for k in range(count):
-            leaf = x.clone().requires_grad_()
-            found.append(torch.autograd.grad(model(leaf)[:, k].sum(), leaf)[0])
-        return torch.stack(found)
-
-    def retained_loop() -> Tensor:
+    def retained_loop() -> list[Tensor]:
         leaf = x.clone().requires_grad_()
         y = model(leaf)
-        return torch.stack([torch.autograd.grad(y[:, k].sum(), leaf, retain_graph=True)[0] for k in range(count)])
+        return [torch.autograd.grad(y[:, k].sum(), leaf, retain_graph=True)[0] for k in range(few)]
 
-    def replicated() -> Tensor:
-        leaf = x.repeat(count, 1, 1, 1).requires_grad_()
-        return torch.autograd.grad(model(leaf).gather(1, targets[:, None]).sum(), leaf)[0].unsqueeze(1)
+    # what each gives is compared, which warms it up
+    others, notes = peers(method, model, x, name), {}
+    mine = many(2)
+    agree(mine, torch.stack([ours(params, model, x, k, **how) for k in range(2)]), 2e-3)
+    for library, gap in gaps(others, mine, [0, 1]):
+        if not (gap <= 2e-3 or others[library].remark):
+            raise AssertionError(f"{name}, {method}: {library}'s values differ by {gap:.1e} of the largest")
+        notes[library] = f"{gap:.0e}" + (f": {others[library].remark}" if others[library].remark else "")
 
-    def chunked(size: Any) -> Callable[[], Tensor]:
-        return lambda: over_targets(gradient, chunk_size=size)(params, model, x, targets)
+    base: dict[str, Run] = {"forward": forward, "backward": backward_in(model, x, batch)}
+    f, b = (min(once(run, device) for _ in range(2)) for run in base.values())
+    width = {"gradient": head_width(model)}.get(method, classes)
+    work = {"grad_cam": (1, 0), "integrated_gradients": (STEPS, STEPS)}.get(method, (1, 1))  # in F and in B
+    counts = sorted({classes if count == "all" else min(int(count), classes) for count in options.targets.split(",")})
+    counts = [k for k in counts if work[0] * f + work[1] * min(k, width) * b / batch < options.longest]
 
-    return {
-        "forward": forward,
-        "one target, autograd": plain,
-        "one target, gradient": lambda: gradient(params, model, x, 0),
-        "one target, grad_cam": lambda: grad_cam(params, model, x, 0, layer=layer),
-        "loop, fresh forwards": fresh_loop,
-        "loop, retained graph": retained_loop,
-        "replicated batch": replicated,
-        "vmap": lambda: torch.vmap(gradient, (None, None, None, 0))(params, model, x, targets),
-        "over_targets": chunked("auto"),
-        "over_targets, chunks of 1": chunked(1),
-        "over_targets, chunks of 8": chunked(8),
-        "grad_cam, all classes": lambda: over_targets(grad_cam, chunk_size=None)(
-            params, model, x, torch.arange(model(x).shape[1], device=x.device), layer=layer
-        ),
-    }
+    runs = dict(base)
+    for k in counts:
+        runs[f"pullback {k}"] = lambda k=k: many(k)
+    per_target: dict[str, tuple[Run, int]] = {}
+    for library, peer in others.items():
+        per_target[f"{library}, loop"] = (lambda peer=peer: peer.one(0)), 1
+        if peer.many is not None and peer.shared == "batch":
+            chosen = torch.arange(few, device=device)
+            per_target[f"{library}, batches of {few}"] = (lambda f=peer.many, t=chosen: f(t)), few
+        elif peer.many is not None:
+            for k in counts:
+                chosen = torch.arange(k, device=device)
+                runs[f"{library}, one forward {k}"] = lambda f=peer.many, t=chosen: f(t)
+    if method == "gradient":
+        per_target["autograd, graph kept"] = retained_loop, few
+    runs |= {case: run for case, (run, _) in per_target.items()}
+    least = 0.0 if options.smoke else 0.01
+    taken = seconds(runs, options.rounds, device, limit=options.limit, least=least, warm=True)
+
+    rows, results, headlines = [], {}, []
+    for k in counts:
+        bound = [
+            work[0] * f + work[1] * min(k, width) * b / batch
+            for f, b in zip(taken["forward"], taken["backward"], strict=True)
+        ]
+        mine = taken[f"pullback {k}"]
+        times = {"bound": bound, "pullback": mine}
+        times |= {case.rsplit(" ", 1)[0]: t for case, t in taken.items() if case.endswith(f"one forward {k}")}
+        fit = {case: n for case, (_, n) in per_target.items() if "batches" not in case or n <= k}
+        times |= {case: [t * k / n for t in taken[case]] for case, n in fit.items()}
+        for case, t in times.items():
+            of_ours = "" if case in ("bound", "pullback") else with_spread(ratio(t, mine))
+            row = [name, method, str(k), case, milliseconds(t), with_spread(ratio(t, bound)), of_ours]
+            rows.append([*row, notes.get(case.split(",")[0], "")])
+            key = f"{name}/{method}/{k}/{case}"
+            results[key] = {"seconds": t, "of the bound": ratio(t, bound), "of pullback": ratio(t, mine)}
+        best = min((c for c in times if c.split(",")[0] in others), key=lambda c: quartiles(times[c])[1], default=None)
+        if best and k > 1 and (name, k) in HEADLINES.get(method, ()):
+            beside = f"{best}, {milliseconds(times[best])} ms"
+            row = [f"{name}: `{method}`, {k} targets", f"{milliseconds(mine)} ms", beside]
+            headlines.append([*row, with_spread(ratio(times[best], mine))])
+    results[f"{name}/{method}"] = {"batch of B": batch, "forward": taken["forward"], "backward": taken["backward"]}
+    return rows, results, headlines
 
 
-SAME = ("loop, fresh forwards", "loop, retained graph", "replicated batch", "vmap")
-LAYERS = {"tiny": "3", "resnet18": "layer4", "resnet50": "layer4", "vgg16": "features", "lite0": "head"}
+HEADLINES = {
+    "gradient": [("mlp", 10), ("resnet50", 64), ("vit_b_16", 64), ("lite0", 64), ("resnet18", 1000)],
+    "guided_backprop": [("resnet50", 64), ("vgg16", 64)],
+    "integrated_gradients": [("resnet50", 8)],
+    "grad_cam": [("resnet50", 64), ("resnet50", 1000)],
+}
+
+
+def head_width(model: torch.nn.Module) -> int:
+    """Give the number of units that the last linear layer reads."""
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1].in_features
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", network="resnet18", targets=32)
+    options = arguments(
+        __doc__ or "",
+        networks="mlp,resnet18,resnet50,vgg16,vit_b_16,lite0",
+        methods="gradient,guided_backprop,integrated_gradients,grad_cam",
+        targets="1,8,64,all",
+        batch=8,
+        longest=15.0,
+        limit=20.0,
+    )
     if options.smoke:
-        options.network, options.targets = "tiny", 4
-    model, size = network(options.network, options.device)
-    x = torch.randn(1, 3, size, size, device=options.device)
-    layer = LAYERS.get(options.network) or [name for name, _ in model.named_children()][-2]
-    runs = cases(model, x, options.targets, layer)
-    if options.case:
-        warm, side = network("tiny", options.device)  # what torch and einops load on their first call is not counted
-        cases(warm, torch.randn(1, 3, side, side, device=options.device), 2, "3")[options.case]()
-        print(peak_of(runs[options.case], options.device))
-        return
-    expected = runs["loop, fresh forwards"]()
-    for name in (*SAME, "over_targets", "over_targets, chunks of 1", "over_targets, chunks of 8"):
-        agree(runs[name](), expected)
-
-    times = seconds(runs, options.rounds, options.device)
-    pairs = list(zip(times["forward"], times["one target, autograd"], strict=True))
-    bound = [f + options.targets * (g - f) for f, g in pairs]
-    rows, results = [], {}
-    for name, taken in times.items():
-        peak = 0 if options.smoke and name != "over_targets" else peak_in_process(name)
-        of_bound = ratio(taken, bound)
-        of_one = ratio(taken, times["one target, autograd"])
-        rows.append((name, milliseconds(taken), with_spread(of_one), with_spread(of_bound), megabytes(peak)))
-        results[name] = {"seconds": taken, "of one gradient": of_one, "of F + K B": of_bound, "peak bytes": peak}
-    header = ("case", "ms", "of one gradient", f"of F + {options.targets} B", "peak MB")
-    forward, one = (quartiles(times[name])[1] for name in ("forward", "one target, autograd"))
-    about = f"{options.network}, {size} px, batch 1, K = {options.targets}: "
-    about += f"F = {forward * 1e3:.1f} ms, F + B = {one * 1e3:.1f} ms"
-    finish(options, "targets", f"{about}\n\n{table(header, rows)}", results)
+        options.networks, options.targets, options.batch = "tiny,mlp", "1,4,all", 2
+    rows, results, headlines = [], {}, []
+    for name in options.networks.split(","):
+        for method in options.methods.split(","):
+            if not suits(method, name):
+                continue
+            more_rows, more_results, more_headlines = measure(name, method, options)
+            rows += more_rows
+            results |= more_results
+            headlines += more_headlines
+    header = ("network", "method", "K", "case", "ms", "of the bound", "of pullback", "difference")
+    text = f"Batch 1, 224 px (a vector for `mlp`), {STEPS} steps of integrated gradients.\n\n{table(header, rows)}"
+    if absent():
+        text += f"\n\nNot installed: {', '.join(absent())}."
+    finish(options, "targets", text, results, headlines)
 
 
 if __name__ == "__main__":
