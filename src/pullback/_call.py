@@ -20,20 +20,20 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, vjp
 
 from pullback import _native
-from pullback._ops import Table, compiling, swapped
+from pullback._ops import Table, swapped
 from pullback._probe import described, known, probe, remember, shapes
 from pullback._shell import Params, Shell, is_scripted, named_layers
 from pullback._taps import Layer, Seen, Site, around, attach
 from pullback._targets import (
     check_indices,
     check_range,
-    functorch,
     head_input,
     measuring,
     note_forward,
     readable,
     shared_pull,
 )
+from pullback._torch import compiling, current_level
 
 Model: TypeAlias = "nn.Module | Callable[[Any, Any], Any]"
 Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
@@ -461,7 +461,7 @@ def pullback(
 
 def _is_plain(params: Params, leaves: Leaves, primals: Sequence[Tensor]) -> bool:
     """Say whether nothing differentiates, batches or traces this call from outside."""
-    if compiling() or functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+    if compiling() or current_level() is not None or forward_ad._current_level >= 0:
         return False
     if not torch.is_grad_enabled():
         return True

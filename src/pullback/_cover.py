@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pullback._batch import each, folded, repeated, unfolded
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, activations_at, run, score
-from pullback._ops import compiling
 from pullback._taps import Site
+from pullback._torch import compiling
 
 Cover: TypeAlias = Callable[[int, Tensor], Tensor]
 Squash: TypeAlias = "str | Callable[[Tensor], Tensor] | None"

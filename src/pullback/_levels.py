@@ -14,16 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._native import compiling
+from pullback._torch import compiling, functorch, interpreter_stack, is_functorch_wrapped_tensor
 
-_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-# torch 2.0 does not show its stack: there, rules hold at every level
-_stack: Callable[[], Any] = getattr(_functorch, "get_interpreter_stack", lambda: None)
-_DIFFERENTIATES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+_DIFFERENTIATES = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
 
 
 def _levels() -> list[int]:
-    return [transform.level() for transform in _stack() or () if transform.key() in _DIFFERENTIATES]
+    return [transform.level() for transform in interpreter_stack() or () if transform.key() in _DIFFERENTIATES]
 
 
 def level() -> int | None:
@@ -32,8 +29,8 @@ def level() -> int | None:
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
     return tensor
 
 

@@ -23,10 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pullback._torch import compiling, is_functorch_wrapped_tensor
+
 Form = Callable[..., Any]
-is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
-# torch 2.0 has no torch.compiler
-compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 DROPOUT = "dropout with training=True"
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pullback import _native
-from pullback._native import compiling as compiling
 
 Operation = Callable[..., Any]
 Rule = Callable[..., Any]
@@ -103,9 +102,10 @@ def _spellings() -> dict[Operation, Spelling]:
     for spelled in [*dict.fromkeys(_NAMES), *_ALIASES]:
         name = _ALIASES.get(spelled, spelled)
         functional = name in _ONLY_FUNCTIONAL
-        canonical = next(
-            getattr(home, name) for home in ((F,) if functional else (torch, F, torch.Tensor)) if hasattr(home, name)
-        )
+        named = [getattr(home, name, None) for home in ((F,) if functional else (torch, F, torch.Tensor))]
+        canonical = next(filter(None, named), None)
+        if canonical is None:  # newer than the torch that is here
+            continue
         for home in (F,) if functional else homes:
             for attribute, writes in ((spelled, False), (spelled + "_", True)):
                 function = getattr(home, attribute, None)

@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import pyfunctorch
 
 from pullback._batch import each
 from pullback._ops import swapped
 from pullback._shell import Params, Shell, is_scripted
 from pullback._taps import Seen, Site, around, find_part, layer_of
+from pullback._torch import outside_transforms
 
 _known: WeakKeyDictionary[nn.Module, dict[Any, tuple[Seen, ...]]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 StandIn = Callable[[Tensor], Tensor]
 Result = TypeVar("Result")
-_outside_transforms = getattr(pyfunctorch, "temporarily_clear_interpreter_stack", nullcontext)
 
 
 def described(x: Any) -> Any:
@@ -72,7 +71,7 @@ def _without_compute(
 ) -> tuple[Result, bool]:
     shell = Shell(model)
     if not real and not any(is_scripted(layer) for _, layer in shell.layers()):
-        with torch.no_grad(), _outside_transforms():
+        with torch.no_grad(), outside_transforms():
             for attempt in (_on_meta, _on_fake):
                 try:
                     return attempt(params, model, x, watch), False

@@ -27,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pullback._ops import Operation, compiling, operation_of
+from pullback._ops import Operation, operation_of
+from pullback._torch import compiling, current_level, functorch
 
-_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 TINY = 1e-12
 
 
 def _level() -> int:
-    return _functorch.maybe_current_level() or 0
+    return current_level() or 0
 
 
 _level._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # known while tracing
@@ -43,7 +43,7 @@ _level._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAcc
 def still(x: Tensor) -> Tensor:
     """Give `x` as a constant to the pullback that is under way, and to nobody else."""
     level = _level()
-    return _functorch._unwrap_for_grad(x, level) if level else x.detach()
+    return functorch._unwrap_for_grad(x, level) if level else x.detach()
 
 
 def nonzero(x: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pullback._batch import each
-from pullback._ops import compiling, swapped
+from pullback._ops import swapped
+from pullback._torch import compiling, current_level, functorch, is_functorch_wrapped_tensor
 
-functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 Pull = Callable[[Tensor], tuple[Tensor, ...]]
 Back = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -79,7 +79,7 @@ def over_targets(
         running = _Many(targets, chunk_size)
 
         def one(target: Tensor) -> Any:
-            running.level = functorch.maybe_current_level() or 0
+            running.level = current_level() or 0
             return method(params, model, x, target, **options)
 
         if not compiling():
@@ -108,7 +108,7 @@ def _stacked(targets: Any) -> Tensor:
 
 def readable(tensor: Tensor) -> bool:
     """Say whether the values of a tensor can be looked at: not under a transform, nor while a graph is traced."""
-    if compiling() or tensor.is_meta or functorch.is_functorch_wrapped_tensor(tensor):
+    if compiling() or tensor.is_meta or is_functorch_wrapped_tensor(tensor):
         return False
     return type(tensor) in (Tensor, nn.Parameter)
 
@@ -170,7 +170,7 @@ def shared_pull(back: Back, outputs: tuple[Tensor, ...]) -> Pull:
     def chunked(cotangent: Tensor) -> tuple[Tensor, ...]:
         level, count = running.level, len(running.targets)
         one_forward = not any(_is_mapped(output, level) for output in outputs)  # an adaptive method's has one a target
-        if not (one_forward and _is_mapped(cotangent, level)) or functorch.maybe_current_level() != level:
+        if not (one_forward and _is_mapped(cotangent, level)) or current_level() != level:
             return pull(cotangent)
         size = _chunk_size(running, cotangent.device)
         if size >= count and weight is None:
@@ -210,7 +210,7 @@ def _in_chunks(pull: Pull, cotangents: Tensor, size: int) -> list[Tensor]:
     for start in range(0, count, size):
         chunk = cotangents[start : start + size]
         part = each(lambda g: g.unsqueeze(0), pull(chunk[0])) if len(chunk) == 1 else torch.vmap(pull)(chunk)
-        if any(functorch.is_functorch_wrapped_tensor(g) or g.requires_grad for g in part):
+        if any(is_functorch_wrapped_tensor(g) or g.requires_grad for g in part):
             parts.append(part)  # somebody differentiates the result: nothing is written in place
             continue
         gradients = gradients or [g.new_empty(count, *g.shape[1:]) for g in part]

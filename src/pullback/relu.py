@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pullback._levels import level
-from pullback._ops import Operation, Rule, compiling, operation_of
+from pullback._ops import Operation, Rule, operation_of
+from pullback._torch import compiling
 
 RECTIFIERS = tuple(
     operation_of(op) for op in (torch.relu, F.relu6, F.hardtanh, torch.clamp, torch.clamp_min, torch.threshold)

@@ -1,0 +1,46 @@
+"""What torch keeps to itself, under one name for every torch from 2.0 on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._functorch import pyfunctorch
+
+functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+is_functorch_wrapped_tensor: Callable[[Any], bool] = functorch.is_functorch_wrapped_tensor
+compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
+
+
+# torch 2.0 shows the innermost transform alone. The others are reached by taking it off the stack, and put back.
+
+
+@contextmanager
+def _cleared() -> Iterator[list[Any]]:
+    """Take all transforms off their stack for a while; give them, innermost first."""
+    taken, transforms = [], []
+    while (transform := functorch.peek_interpreter_stack()) is not None:
+        transforms.append(transform)
+        taken.append(functorch.pop_dynamic_layer_stack())
+    try:
+        yield transforms
+    finally:
+        for layer in reversed(taken):
+            functorch.push_dynamic_layer_stack(layer)
+
+
+def _stack() -> list[Any]:
+    with _cleared() as transforms:
+        return transforms[::-1]
+
+
+def _level() -> int | None:
+    transform = functorch.peek_interpreter_stack()
+    return None if transform is None else transform.level()
+
+
+interpreter_stack: Callable[[], list[Any] | None] = getattr(functorch, "get_interpreter_stack", _stack)
+current_level: Callable[[], int | None] = getattr(functorch, "maybe_current_level", _level)
+outside_transforms: Callable[[], Any] = getattr(pyfunctorch, "temporarily_clear_interpreter_stack", _cleared)
