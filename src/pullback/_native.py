@@ -286,14 +286,17 @@ def _embedding(
 def _recurrent(mode: Any, func: Form, data: Tensor, *rest: Any, **kwargs: Any) -> Any:
     args: tuple[Any, ...] = (data, *rest)
     packed = len(args) > 3 and isinstance(args[3], list | tuple)  # (data, batch_sizes, hx, params, ...)
-    if not data.is_cuda:
+    given = [part for arg in args for part in (arg if isinstance(arg, list | tuple) else [arg])]
+    # torch takes it apart for a derivative, but not for `vmap` alone
+    mapped = any(torch._C._functorch.is_batchedtensor(t) for t in given if isinstance(t, Tensor))  # pyright: ignore[reportAttributeAccessIssue]
+    if not data.is_cuda and not mapped:
         if is_functorch_wrapped_tensor(data):  # the state is written in place: batch it wherever the input is
             zero = torch.zeros_like(data).flatten()[0]
             place = 2 if packed else 1
             state = args[place] + zero if isinstance(args[place], Tensor) else [s + zero for s in args[place]]
             args = (*args[:place], state, *args[place + 1 :])
         return func(*args, **kwargs)
-    from torch._decomp import decomposition_table  # imported late: it is slow to import, and only CUDA needs it
+    from torch._decomp import decomposition_table  # imported late: it is slow to import
 
     overload = "data" if packed else "input"
     return decomposition_table[getattr(getattr(torch.ops.aten, func.__name__), overload)](*args, **kwargs)
