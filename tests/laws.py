@@ -116,9 +116,9 @@ def some_words(case: Case) -> dict[str, Any]:
 SEGMENTS = torch.arange(36).reshape(6, 6) // 7 == torch.arange(6).reshape(6, 1, 1)
 
 
-def another_start(case: Case) -> Any:
+def another_start(case: Case, factor: float = 0.3) -> Any:
     """A baseline of one example, and no mask over everything."""
-    start = pytree.tree_map(lambda part: (0.3 if part.is_floating_point() else 0) * part[:1].flip(-1), case.x)
+    start = pytree.tree_map(lambda part: (factor if part.is_floating_point() else 0) * part[:1].flip(-1), case.x)
     return {k: v for k, v in start.items() if k != "attention_mask"} if isinstance(start, dict) else start
 
 
@@ -132,8 +132,13 @@ LAWS |= {
     "discretised_integrated_gradients": Law({"steps": 3, "neighbours": 4}, points=4, reads=1, suited=some_words),
     "integrated_hessians": Law({"steps": 2}, points=5),
     "internal_influence": Law({"steps": 2}, points=2),
-    "conductance": Law({"steps": 2}, points=4),
-    "neuron_conductance": Law({"steps": 2, "neuron": torch.ones((), dtype=torch.float64)}, points=4),
+    # from zero, the path does not move what a normalisation puts out
+    "conductance": Law({"steps": 2}, points=4, suited=lambda case: {"baseline": another_start(case, -0.3)}),
+    "neuron_conductance": Law(
+        {"steps": 2, "neuron": torch.ones((), dtype=torch.float64)},
+        points=4,
+        suited=lambda case: {"baseline": another_start(case, -0.3)},
+    ),
     "cam": Law({"head": "head"}),
     "smooth_grad_cam_plus_plus": Law({"samples": 2, "noise": 0.1}, points=3),
     "score_cam": Law(points=lambda case: 1 + channels(case)),
@@ -196,7 +201,7 @@ def has_no_positions(case: Case) -> bool:
 
 
 MASKED = "occlusion rise sobol_attribution hsic_attribution extremal_perturbation meaningful_perturbation".split()
-WITHOUT_POSITIONS = {case.name for case in CASES if has_no_positions(case)}
+WITHOUT_POSITIONS = {case.name for case in (*CASES, *UNSUPPORTED) if has_no_positions(case)}
 
 BY_GRADIENT = "grad_cam linear_approx hires_cam elementwise_grad_cam layer_cam xgrad_cam grad_cam_plus_plus".split()
 BY_FORWARDS = "score_cam ss_cam is_cam".split()
@@ -342,8 +347,8 @@ EXCEPTIONS: list[Exempt] = [
     Exempt(
         "call",
         "a map needs positions: the layer's activation is `[batch channel]`",
-        ValueError,
-        "`layer` must have spatial axes",
+        (ValueError, RuntimeError),
+        "`layer` must have spatial axes|saved tensor hooks|torch.utils.checkpoint",
         methods=lambda name: name in (*OF_A_LAYER, "guided_grad_cam"),
         cases=lambda case: case.name in WITHOUT_POSITIONS,
         who="`grad_cam` and its kin",

@@ -344,6 +344,16 @@ def test_discretised_goes_by_words(strategy):
     same(ours, slow_paths.trapezoid_over(call, points, 1), 1e-9)
 
 
+def test_conductance_of_a_recurrent_layer_in_float32():
+    """torch has no forward mode for it on a CPU."""
+    case = BY_NAME["lstm"]
+    model, layer = case.model(), case.layers[0]
+    exact = conductance(params_of(model), model, case.x, 1, layer=layer, steps=3)
+    model, x = case.model().float(), case.x.float()
+    ours = conductance(params_of(model), model, x, 1, layer=layer, steps=3)
+    same(ours.double(), exact, 1e-4)
+
+
 def test_conductance_by_full_jacobians():
     params, model, x, _ = ready(MLP)
     lower, upper = (torch.nn.Sequential(*list(model.net)[part]) for part in (slice(0, 3), slice(3, None)))

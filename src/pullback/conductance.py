@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def internal_influence(
     def term(points: Tensors, velocities: Tensors) -> Tensors:
         return tour.layer_slopes(points)
 
-    return tour.result(integral(term, *_along(x, baseline, steps, quadrature, path), chunk_size))
+    return tour.result(integral(term, *_along(x, baseline, steps, quadrature, path), chunk_size, Leaves(x).tensors))
 
 
 @public
@@ -127,7 +128,7 @@ def conductance(
         speeds = tour.speeds(points, velocities)
         return [s * g for s, g in zip(speeds, tour.layer_slopes(points), strict=True)]
 
-    return tour.result(integral(term, *_along(x, baseline, steps, quadrature, path), chunk_size))
+    return tour.result(integral(term, *_along(x, baseline, steps, quadrature, path), chunk_size, Leaves(x).tensors))
 
 
 @public
@@ -191,7 +192,7 @@ def neuron_conductance(
         down = [unfolded(g, len(points[0])) for g in pull(chosen)]
         return [v * g for v, g in zip(velocities, down, strict=True)]
 
-    attributions = integral(term, *_along(x, baseline, steps, quadrature, path), chunk_size)
+    attributions = integral(term, *_along(x, baseline, steps, quadrature, path), chunk_size, Leaves(x).tensors)
     return Leaves(x).rebuild(attributions, lambda v: None)
 
 
@@ -230,8 +231,20 @@ class _Tour(Course):
     def speeds(self, points: Tensors, velocities: Tensors) -> list[Tensor]:
         """Give the derivative of the layer's activations as the input moves."""
         primals, tangents = (tuple(folded(t) for t in tensors) for tensors in (points, velocities))
-        speeds = jvp(lambda *tensors: self.activations(tensors), primals, tangents)[1]
+        speeds = _pushed(lambda *tensors: self.activations(tensors), primals, tangents)
         return [unfolded(s, len(points[0])) for s in speeds]
+
+
+def _pushed(
+    function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Push tangents forward; where torch cannot (an LSTM on a CPU in float32), as the transpose of the pull."""
+    try:
+        return jvp(function, primals, tangents)[1]
+    except NotImplementedError:
+        outputs, pull = vjp(function, *primals)  # pyright: ignore[reportAssignmentType]
+        zeros = tuple(torch.zeros_like(output) for output in outputs)
+        return vjp(lambda *cotangents: pull(cotangents), *zeros)[1](tangents)  # pyright: ignore[reportReturnType]
 
 
 def _along(x: Inputs, baseline: Any, steps: int, quadrature: str, path: Path) -> tuple[Any, list[float]]:
