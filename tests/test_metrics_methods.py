@@ -219,7 +219,7 @@ def test_layers_of_ones_own():
     assert whole["layers"] == ["2", "0.1"]
     torch.testing.assert_close(info["similarity"], whole["similarity"])
     for wrong in (["7"], ["2", "missing"]):
-        with pytest.raises(ValueError, match="`layers` names `.*`, which has no parameters"):
+        with pytest.raises(ValueError, match=r"`layers` names `.*`, which has no parameters"):
             metrics.parameter_randomisation(*call, layers=wrong)
 
 
@@ -237,7 +237,7 @@ def test_seeds_of_randomisation_at_once():
 
 
 def test_what_fails_the_test():
-    """Guided backprop through one convolution shows edges, whatever is above (Sixt et al. 2020); the gradient does not."""
+    """Guided backprop hardly depends on the layers above (Sixt et al. 2020); the gradient does."""
     torch.manual_seed(0)
     layers = (nn.Conv2d(1, 8, 5), nn.ReLU(), nn.Conv2d(8, 8, 5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = nn.Sequential(*layers, nn.Linear(8, 6)).eval().requires_grad_(False)
