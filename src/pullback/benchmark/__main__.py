@@ -1,0 +1,258 @@
+"""Run the benchmark.
+
+    python -m pullback.benchmark all                 what the README shows: mosaics, digits, sanity
+    python -m pullback.benchmark all --quick         the same on little, to see that it works
+    python -m pullback.benchmark readme README.md    write what was found into the marked block of a file
+    python -m pullback.benchmark voc VOCdevkit/VOC2007 --model package:factory --method gradient,grad_cam --layer features.29
+    python -m pullback.benchmark coco val2014 instances_val2014.json --model package:factory --difficult
+    python -m pullback.benchmark folder IMAGES MASKS --method grad_cam
+
+An interrupted run goes on where it was when the same line is entered again.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pullback import benchmark, cli, params_of
+from pullback._networks import Network, Problem, find_device, load, say, unknown
+from pullback.benchmark import Entry, Example, Summary
+from pullback.benchmark.methods import LITE0, SMALL
+from pullback.benchmark.runner import Row, rows_in
+
+PEAK = cli.PEAK_OVER_CHANNELS
+FAILS = 0.5  # likeness of maps before and after all weights are drawn anew, from which a method fails
+BETWEEN = re.compile(r"(?<=<!-- measured -->\n).*?(?=\n<!-- /measured -->)", re.DOTALL)
+Metrics = Mapping[str, Mapping[str, Any]]
+
+INSIDE: Metrics = {"energy_pointing_game": {}, "pointing_game": {"tolerance": 1}}
+ON_INK: Metrics = {**INSIDE, "relevance_rank": {}}
+REDRAWN: Metrics = {"parameter_randomisation": {"layers": ("",), "samples": 1, "chunk_size": 1}}
+HEADINGS = {
+    "energy_pointing_game": "energy",
+    "pointing_game": "pointing",
+    "relevance_rank": "rank",
+    "parameter_randomisation": "likeness",
+}
+
+
+def judge(
+    arguments: argparse.Namespace, name: str, model: Any, examples: Sequence[Example], methods: Any, metrics: Metrics
+) -> None:
+    """Run, and write the tidy table, the summary and the figure."""
+    methods = _named(methods, arguments.method)
+    out = Path(arguments.out) / (name + ("-quick" if arguments.quick else ""))
+    rows = benchmark.run(model, examples, methods, metrics, out=out, dataset=name, progress=True)
+    write(rows, out, "class" if name in ("voc", "coco") else "target")
+
+
+def _named(methods: Mapping[str, Entry], wanted: str | None) -> dict[str, Entry]:
+    if not wanted:
+        return dict(methods)
+    names = [name.strip() for name in wanted.split(",")]
+    for name in names:
+        if name not in methods:
+            raise Problem(unknown("method", name, methods))
+    return {name: methods[name] for name in names}
+
+
+def write(rows: Sequence[Row], out: Path, per: Any) -> None:
+    if not rows:
+        raise Problem("nothing was judged: every method failed, as the warnings say")
+    benchmark.write_table(rows, out / "results.csv")
+    with contextlib.suppress(ImportError):
+        benchmark.write_table(rows, out / "results.parquet")
+    columns = columns_of(rows, per)
+    table = benchmark.markdown(columns)
+    (out / "summary.md").write_text(table + "\n", encoding="utf-8")
+    benchmark.figure(columns).savefig(out / "summary.png", dpi=150)
+    print(f"{table}\n\n{out}: journal.jsonl, results.csv, summary.md, summary.png")
+
+
+def columns_of(rows: Sequence[Row], per: Any = "target") -> dict[str, list[Summary]]:
+    columns: dict[str, list[Summary]] = {}
+    for summary in benchmark.summarise(rows, per=per):
+        columns.setdefault(HEADINGS.get(summary.metric, summary.metric), []).append(summary)
+    return columns
+
+
+# -- data sets ---------------------------------------------------------------------------------------------------------
+
+
+def lite0() -> Network:
+    return load("efficientnet-lite0", None, torch.device("cpu"))
+
+
+def mosaics(arguments: argparse.Namespace) -> None:
+    network = lite0()
+    cut = benchmark.tiles(network.model, benchmark.photographs(arguments.folder), network.preprocessing)
+    examples = benchmark.mosaics(cut, count=1 if arguments.quick else 14)
+    steps, samples = (2, 8) if arguments.quick else (12, 128)
+    table = benchmark.entries(examples, LITE0, steps=steps, samples=samples, side=4 if arguments.quick else 8)
+    judge(arguments, "mosaics", network.model, examples, benchmark.affordable(table, 0), INSIDE)
+
+
+def digits(arguments: argparse.Namespace) -> None:
+    model, examples = benchmark.digits(count=3 if arguments.quick else 100, epochs=2 if arguments.quick else 14)
+    steps, samples = (2, 8) if arguments.quick else (16, 128)
+    table = benchmark.entries(examples, SMALL, steps=steps, samples=samples, side=4 if arguments.quick else 8)
+    judge(arguments, "digits", model, examples, benchmark.affordable(table, 1), ON_INK)
+
+
+def sanity(arguments: argparse.Namespace) -> None:
+    network = lite0()
+    cut = benchmark.tiles(network.model, benchmark.photographs(arguments.folder), network.preprocessing)
+    examples = benchmark.single(cut)[: 1 if arguments.quick else None]
+    steps, samples = (2, 8) if arguments.quick else (12, 64)
+    table = benchmark.entries(examples, LITE0, steps=steps, samples=samples, side=4 if arguments.quick else 8)
+    judge(arguments, "tiles", network.model, examples, benchmark.affordable(table, 2), REDRAWN)
+
+
+def everything(arguments: argparse.Namespace) -> None:
+    for part in (digits, mosaics, sanity):
+        part(arguments)
+
+
+def local(arguments: argparse.Namespace) -> None:
+    """VOC, COCO or a folder with masks, with a network of one's own."""
+    device = find_device(arguments.device)
+    network = load(arguments.model, arguments.weights, device)
+    preprocessing = network.preprocessing
+    prepare = benchmark.fitted(preprocessing, arguments.side or min(preprocessing.size))
+    chosen = {"difficult": arguments.difficult, "listed": arguments.listed} if arguments.data != "folder" else {}
+    if arguments.data == "voc":
+        examples = benchmark.voc(arguments.paths[0], prepare, image_set=arguments.image_set, **chosen)
+    elif arguments.data == "coco":
+        examples = benchmark.coco(arguments.paths[0], arguments.paths[1], prepare, **chosen)
+    else:
+        examples = benchmark.masked_folder(arguments.paths[0], arguments.paths[1], prepare)
+    examples = examples[: arguments.limit or (2 if arguments.quick else None)]
+    options = cli.chosen_methods(arguments.method or "gradient,grad_cam", arguments.option, arguments.layer)
+    params = params_of(network.model)
+    cli.settle_layers(options, params, network.model, examples[0].x[None])
+    known = cli.public_methods()
+    methods = {name: Entry(known[name], own, "peak" if name in PEAK else "sum") for name, own in options.items()}
+    arguments.method = None
+    metrics: Metrics = {"pointing_game": {"tolerance": arguments.tolerance}, "energy_pointing_game": {}}
+    judge(arguments, arguments.data, network.model, examples, methods, metrics)
+
+
+# -- README ------------------------------------------------------------------------------------------------------------
+
+
+def readme(arguments: argparse.Namespace) -> None:
+    """Write what `all` found into the marked block of a file."""
+    file = Path(arguments.file)
+    text = file.read_text(encoding="utf-8")
+    if not BETWEEN.search(text):
+        raise Problem(f"{str(file)!r} has no lines <!-- measured --> and <!-- /measured --> to write between")
+    file.write_text(BETWEEN.sub(lambda _: measured(Path(arguments.out)), text), encoding="utf-8")
+
+
+def measured(out: Path) -> str:
+    """The README's block: all methods on mosaics and digits, and which fail the randomisation test."""
+    found = {}
+    for name in ("mosaics", "digits", "tiles"):
+        rows = rows_in(out / name)
+        if not rows:
+            raise Problem(f"{str(out / name)!r} holds no results: run `python -m pullback.benchmark all` first")
+        found[name] = columns_of(rows)
+    columns = {
+        "mosaics: share in its tile": found["mosaics"]["energy"],
+        "mosaics: peak in its tile": found["mosaics"]["pointing"],
+        "digits: share on the ink": found["digits"]["energy"],
+        "digits: ink among the highest": found["digits"]["rank"],
+        "weights redrawn": found["tiles"]["likeness"],
+    }
+    ink = np.mean([summary.chance for summary in columns["digits: share on the ink"]])
+    likeness = [s for s in columns["weights redrawn"] if "control" not in s.method]
+    fails = sorted((s for s in likeness if s.mean >= FAILS), key=lambda s: -s.mean)
+    unsure = sorted((s for s in likeness if s.mean < FAILS <= s.high), key=lambda s: -s.mean)
+    said = ", ".join(f"`{s.method}` ({s.mean:.2f})" for s in fails) or "none"
+    close = "; the interval of " + ", ".join(f"`{s.method}`" for s in unsure) + " reaches it" if unsure else ""
+    table = benchmark.markdown(columns)
+    for name in cli.public_methods():
+        table = table.replace(f"\n| {name} |", f"\n| `{name}` |")
+    return (
+        f"{table}\n\nChance is 0.25 on mosaics and {ink:.2f} on digits. In brackets: 95 % intervals.\n\n"
+        f"**Fail the randomisation test** (rank correlation of the maps before and after all weights are drawn anew at "
+        f"least {FAILS}): {said}{close}."
+    )
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    top = cli.Parser(prog="python -m pullback.benchmark", description="Judge methods on data where the truth is known.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    shared = cli.Parser(add_help=False)
+    shared.add_argument("--out", default="out/benchmark", metavar="DIR", help="folder for results (%(default)s)")
+    shared.add_argument("--quick", action="store_true", help="on very little, to see that it works")
+    shared.add_argument("--method", metavar="A,B", help="only these")
+    shared.add_argument("--folder", metavar="DIR", help="photographs in a folder for each class of ImageNet")
+    for name, run, about in (
+        ("all", everything, "mosaics, digits and sanity"),
+        ("mosaics", mosaics, "four photographs in one image, with the trained EfficientNet-Lite0"),
+        ("digits", digits, "handwritten digits in noise, with a small network trained on the spot"),
+        ("sanity", sanity, "do maps change when all weights are drawn anew?"),
+    ):
+        commands.add_parser(name, parents=[shared], help=about).set_defaults(run=run)
+    for name, paths, about in (
+        ("voc", ["ROOT"], "a local VOC data set"),
+        ("coco", ["IMAGES", "INSTANCES"], "local COCO images and instances"),
+        ("folder", ["IMAGES", "MASKS"], "photographs in class folders, masks in a parallel folder"),
+    ):
+        command = commands.add_parser(name, parents=[shared], help=about)
+        command.set_defaults(run=local, data=name)
+        add = command.add_argument
+        add("paths", nargs=len(paths), metavar=tuple(paths) if len(paths) > 1 else paths[0])
+        add("--model", default="efficientnet-lite0", metavar="NAME", help="see `pullback explain --help`")
+        add("--weights", metavar="FILE", help="state dict of the model")
+        add("--device", default="auto")
+        add("--layer", default="auto", metavar="NAME")
+        add("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the methods that take it")
+        add("--side", type=cli.positive, metavar="N", help="shorter side of an image in pixels (the model's)")
+        add("--tolerance", type=float, default=15.0, help="of the pointing game, in the photograph's pixels (15)")
+        add("--limit", type=cli.positive, metavar="N", help="only the first so many images")
+        add("--difficult", action="store_true", help="only the difficult subset of VOC or COCO")
+        add("--listed", metavar="FILE", help="a list of the difficult subset, instead of its definition")
+        add("--image-set", default="test", metavar="NAME", help="of VOC (%(default)s)")
+    command = commands.add_parser("readme", help="write the measured table into a file")
+    command.add_argument("file")
+    command.add_argument("--out", default="out/benchmark", metavar="DIR", help="where the results are (%(default)s)")
+    command.set_defaults(run=readme)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code, 2 where something could not be done."""
+    try:
+        parsed = parser().parse_args(arguments)
+        with cli.one_line_warnings(), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            parsed.run(parsed)
+    except (Problem, ValueError, FileNotFoundError) as problem:
+        say(f"pullback: error: {problem}")
+        return 2
+    except KeyboardInterrupt:
+        say("pullback: interrupted; the same line goes on from here")
+        return 130
+    left_out = list(dict.fromkeys(str(w.message) for w in told if "is left out" in str(w.message)))
+    for line in left_out:
+        say(f"pullback: warning: {line}")
+    return 2 if left_out else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
