@@ -351,6 +351,24 @@ def test_layer_patterns_and_first():
     assert not torch.allclose(a, c)
 
 
+@pytest.mark.parametrize("name", ["linear", "conv2d", "tanh"])
+def test_last_needs_no_name(name):
+    """Together with `first` as well, and for all targets."""
+    model, x = network(name)
+    params, end = params_of(model), str(len(model) - 1)
+    named = {**rules.composed(rules.epsilon(), rules.gamma(), zeros=True), (end, F.linear): rules.z_plus()}
+    linear, conv = (rules.last(rules.z_plus(), rule) for rule in (rules.epsilon(), rules.gamma()))
+    unnamed = rules.composed(linear, conv, zeros=True)
+    expected = lrp(params, model, x, 1, rules=named)
+    torch.testing.assert_close(lrp(params, model, x, 1, rules=unnamed), expected)
+    torch.testing.assert_close(over_targets(lrp)(params, model, x, [0, 1], rules=unnamed)[1], expected)
+    kind = type(model[0])
+    operation = {nn.Linear: F.linear, nn.Conv2d: F.conv2d}[kind]  # type: ignore[index]
+    both = rules.composed(rules.first(rules.flat(), linear), rules.first(rules.flat(), conv), zeros=True)
+    expected = lrp(params, model, x, 1, rules={**named, ("0", operation): rules.flat()})
+    torch.testing.assert_close(lrp(params, model, x, 1, rules=both), expected)
+
+
 def test_torchray_doubles_at_a_plain_addition():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
 

@@ -20,12 +20,13 @@ back together. `propagated` makes such a rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import vjp
 
 from pullback._ops import Operation, operation_of
 from pullback._torch import compiling, current_level, functorch
@@ -48,12 +49,12 @@ def still(x: Tensor) -> Tensor:
 
 def nonzero(x: Tensor) -> Tensor:
     """Count zeros as a tiny number, so that relevance on them has coordinates."""
-    return torch.where(x == 0, torch.full_like(x, max(TINY, torch.finfo(x.dtype).tiny)), x)
+    return torch.where(x == 0, max(TINY, torch.finfo(x.dtype).tiny), x)
 
 
-def stabilised(z: Tensor, epsilon: float) -> Tensor:
-    """Move `z` away from 0 by `epsilon`; 0 itself counts as positive."""
-    return z + epsilon * torch.where(z < 0, -torch.ones_like(z), torch.ones_like(z))
+def stabilised(z: Tensor, epsilon: float, sign: int = 0) -> Tensor:
+    """Move `z` away from 0 by `epsilon`, the way of its `sign` where that is known; 0 itself counts as positive."""
+    return z + sign * epsilon if sign else torch.where(z < 0, z - epsilon, z + epsilon)
 
 
 def scaled(y: Tensor, factor: Tensor | float) -> Tensor:
@@ -245,12 +246,13 @@ def _convolution(
 class Share(NamedTuple):
     r"""A part of a rule: :math:`\sum_k p_k \odot W_k^T \big(g R / z\big)` of relevance, :math:`z = \sum_k W_k p_k + b`.
 
-    `gain` is g, `parts` the pairs of p (None for the input itself) and W.
+    `gain` is g, `parts` the pairs of p (None for the input itself) and W, `sign` that of z, 0 where it has either.
     """
 
     gain: Tensor | float
     parts: Sequence[tuple[Tensor | None, Tensor]]
     bias: Tensor | None
+    sign: int = 0
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,6 @@ class LinearRule:
     Attributes:
         epsilon: What denominators are moved away from 0 by.
         bias: Whether the bias takes its share. If not, that is shared out as well, and relevance is conserved.
-        signed: Move denominators by the sign of each, or upwards.
         plain: The cotangent is relevance itself.
     """
 
@@ -270,7 +271,6 @@ class LinearRule:
     shares: Callable[[Tensor, Tensor, Tensor | None, Tensor], Sequence[Share]] | None = None
     epsilon: float = 1e-6
     bias: bool = True
-    signed: bool = True
     plain: bool = False
 
     wants_memo = True
@@ -280,44 +280,108 @@ class LinearRule:
         map = linear_map(operation, args, kwargs, memo)
         if map is None:
             return product()(operation, *args, memo=memo, **kwargs) if operation in PRODUCTS else NotImplemented
-        memo["maps"] = memo.get("maps", 0) + 1
-        if self.shares is None:
-            value = map.biased(map.apply(map.input, map.weight), map.bias)
-        else:
-            value = map.biased(map.apply(still(map.input), map.weight), map.bias)
-        result = self.finished(map, value)
-        remember(memo, "origins", result, (self, map, value, version(result)))
+        rule = self.met(memo)
+        value = map.biased(map.apply(map.input if rule.is_epsilon else still(map.input), map.weight), map.bias)
+        result = rule.finished(map, value)
+        remember(memo, "origins", result, (rule, map, value, version(result)))
         return result
+
+    def met(self, memo: dict[str, Any]) -> LinearRule:
+        """Count a linear map, and give the rule for it."""
+        maps_met(memo)[0] += 1
+        return self
+
+    @property
+    def is_epsilon(self) -> bool:
+        """The ordinary derivative is the way back, but for a factor."""
+        return self.shares is None
 
     def finished(self, map: LinearMap, value: Tensor) -> Tensor:
         """Give `value` with the way back of this rule; for the epsilon rule it has that of the map already."""
         y = still(value)
-        if self.shares is None:
-            z = y if self.bias or map.bias is None else map.biased(y, -map.bias)
-            return y + self._ahead(y) / self._denominator(z) * (value - y)
+        if self.is_epsilon:
+            return y + self._ahead(y) / self._denominator(self._total(map, y)) * (value - y)
         x, x_ = map.input, still(map.input)
-        if map.settings is not None and not compiling():
-            return value + _Propagated.apply(x, x_, map.weight, map.bias, y, _Plan(self, map))  # pyright: ignore[reportOperatorIssue]
-        for scale, moved, weight in self.terms(map._replace(input=x_), y):
-            value = value + scale * map.apply(moved * (x - x_), weight)
+        if not compiling():
+            return _Propagated.apply(x, x_, map.weight, map.bias, y, value, _Plan(self, map))  # pyright: ignore[reportReturnType]
+        for scale, p, weight in self.terms(map._replace(input=x_), y):
+            value = value + scale * map.apply((x - x_) * self._moved(p, x_), weight)
         return value
 
-    def terms(self, map: LinearMap, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Give (s, m, W) of each term ``s * W (m * (x - still(x)))`` that the rule adds to the output `y`."""
-        assert self.shares is not None
+    def terms(self, map: LinearMap, y: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """Give (s, p, W) of each part: relevance in proportion to ``p * W^T (s * cotangent)``, p None for the input."""
         x, ahead = map.input, self._ahead(y)
-        for gain, parts, bias in self.shares(x, map.weight, map.bias if self.bias else None, y):
+        if self.shares is None:
+            yield ahead / self._denominator(self._total(map, y)), None, map.weight
+            return
+        for gain, parts, bias, sign in self.shares(x, map.weight, map.bias if self.bias else None, y):
             z = sum(map.apply(x if p is None else p, w) for p, w in parts)
-            scale = gain * ahead / self._denominator(map.biased(z, bias))  # pyright: ignore[reportArgumentType]
+            scale = ahead / self._denominator(map.biased(z, bias), sign)  # pyright: ignore[reportArgumentType]
+            if isinstance(gain, Tensor) or gain != 1:
+                scale = gain * scale
             for p, w in parts:
-                p = x if p is None else p
-                yield scale, p if self.plain else p / nonzero(x), w  # of an input of 0 no more than its part
+                yield scale, p, w
+
+    def pulled(self, map: LinearMap, y: Tensor, cotangent: Tensor) -> Tensor:
+        """Give the cotangent of the input for that of the output `y`."""
+        own, others = None, None
+        for scale, p, w in self.terms(map, y):
+            back = _transposed(cotangent * scale, map, w)
+            if p is None:
+                own = back if own is None else own + back
+            else:
+                back = back * self._moved(p, map.input)
+                others = back if others is None else others + back
+        if own is None:
+            assert others is not None
+            return others
+        own = own * self._moved(None, map.input)
+        return own if others is None else own + others
+
+    def _moved(self, p: Tensor | None, x: Tensor) -> Tensor:
+        """Give the factor of a cotangent that makes relevance proportional to `p`, also where an input is 0."""
+        if self.plain:
+            return x if p is None else p
+        return x != 0 if p is None else p / nonzero(x)
+
+    def _total(self, map: LinearMap, y: Tensor) -> Tensor:
+        return y if self.bias or map.bias is None else map.biased(y, -map.bias)
 
     def _ahead(self, y: Tensor) -> Tensor:
         return torch.ones_like(y) if self.plain else nonzero(y)
 
-    def _denominator(self, z: Tensor) -> Tensor:
-        return stabilised(z, self.epsilon) if self.signed else z + self.epsilon
+    def _denominator(self, z: Tensor, sign: int = 0) -> Tensor:
+        return stabilised(z, self.epsilon, sign)
+
+
+def maps_met(memo: dict[str, Any]) -> list[int]:
+    """Give the count of the linear maps with parameters that a run has met so far; it goes on counting."""
+    return memo.setdefault("maps", [0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Late(LinearRule):
+    """One of two rules, chosen when a cotangent comes back: only then it is known which linear map was the last."""
+
+    last: LinearRule
+    others: LinearRule
+    count: list[int] = field(default_factory=lambda: [0])  # of the run
+    place: int = 0
+
+    def met(self, memo: dict[str, Any]) -> LinearRule:
+        if compiling():
+            raise ValueError("`last` cannot be compiled: name the layer, `{('head', F.linear): rule}`.")
+        super().met(memo)
+        count = maps_met(memo)  # not the memo: that holds tensors that hold this
+        return replace(self, count=count, place=count[0])
+
+    @property
+    def is_epsilon(self) -> bool:
+        return False
+
+    def pulled(self, map: LinearMap, y: Tensor, cotangent: Tensor) -> Tensor:
+        rule = self.last if self.place == self.count[0] else self.others
+        return rule.pulled(map, y, cotangent)
 
 
 class _Plan:
@@ -328,25 +392,24 @@ class _Plan:
 
 
 class _Propagated(torch.autograd.Function):
-    """The terms of a rule, which are 0, so only their transposes are computed, and these when they are asked for.
+    """The value of a map with the way back of a rule, which is computed when it is asked for.
 
-    A convolution whose batch norm is merged is then not shared out twice, and denominators take no memory. As the terms
-    are 0 whatever the other inputs are, so is their derivative with respect to these.
+    A convolution whose batch norm is merged is then not shared out twice, and denominators take no memory. The rule's
+    terms are 0 whatever their inputs are, so the derivative is that of the value, but for `x` itself.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        x: Tensor, still: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, plan: _Plan
+        x: Tensor, still: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, value: Tensor, plan: _Plan
     ) -> Tensor:
-        return torch.zeros_like(y)
+        return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, still, weight, bias, y, ctx.plan = inputs
+        _, still, weight, bias, y, _, ctx.plan = inputs
         ctx.save_for_backward(still, weight, bias, y)
-        ctx.shape, ctx.dtype, ctx.device = output.shape, output.dtype, output.device
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -354,23 +417,21 @@ class _Propagated(torch.autograd.Function):
         # autocast may have left them apart
         x, weight, bias, y = (None if t is None else t.to(dtype) for t in ctx.saved_tensors)
         map = plan.map._replace(input=x, weight=weight, bias=bias)
-        total = None
-        for scale, moved, w in plan.rule.terms(map, y):
-            back = moved * _transposed(cotangent * scale, x, w, map.settings)  # pyright: ignore[reportArgumentType]
-            total = back if total is None else total + back
-        assert total is not None
-        total = total.to(ctx.saved_tensors[0].dtype)
-        return total, -total, None, None, None, None
+        total = plan.rule.pulled(map, y, cotangent).to(ctx.saved_tensors[0].dtype)
+        return total, -total, None, None, None, cotangent, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device)
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tangents[5].clone()
 
 
-def _transposed(g: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
-    if not settings:
+def _transposed(g: Tensor, map: LinearMap, weight: Tensor) -> Tensor:
+    if map.settings is None:
+        _, back = vjp(lambda x: map.apply(x, weight), map.input)  # pyright: ignore[reportAssignmentType]
+        return back(g)[0]
+    if not map.settings:
         return torch.matmul(g, weight)
-    stride, padding, dilation, transposed, extra, groups = settings
+    stride, padding, dilation, transposed, extra, groups = map.settings
     return torch.ops.aten.convolution_backward(
-        g, x, weight, None, stride, padding, dilation, transposed, extra, groups, [True, False, False]
+        g, map.input, weight, None, stride, padding, dilation, transposed, extra, groups, [True, False, False]
     )[0]

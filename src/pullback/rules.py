@@ -30,11 +30,13 @@ from pullback._relevance import (
     PRODUCTS,
     SUMMED_PRODUCTS,
     TRANSPOSED,
+    Late,
     LinearMap,
     LinearRule,
     Remembering,
     Share,
     arguments,
+    maps_met,
     mark_constant,
     nonzero,
     product,
@@ -215,7 +217,7 @@ def _negative(x: Tensor) -> Tensor:
 
 def _halves(x: Tensor, up: Tensor, down: Tensor) -> list[tuple[Tensor | None, Tensor]]:
     """Pair the positive part of `x` with `up`, the negative with `down`; one that is seen to be empty is left out."""
-    if readable(x) and not bool((x < 0).any()):  # as after a rectifier
+    if readable(x) and x.numel() and bool(x.amin() >= 0):  # as after a rectifier
         return [(None, up)]
     return [(_positive(x), up), (_negative(x), down)]
 
@@ -237,10 +239,10 @@ def excitation(plain: bool = False) -> LinearRule:
 
     def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
         if plain:
-            return [Share(1.0, [(None, _positive(w))], None)]
-        return [Share(1.0, _halves(x, _positive(w), _negative(w)), None)]
+            return [Share(1.0, [(None, _positive(w))], None, 1)]
+        return [Share(1.0, _halves(x, _positive(w), _negative(w)), None, 1)]
 
-    return LinearRule("excitation", shares, 1e-20, signed=False, plain=plain)
+    return LinearRule("excitation", shares, 1e-20, plain=plain)
 
 
 def epsilon(epsilon: float = 1e-6, bias: bool = True) -> LinearRule:
@@ -260,7 +262,7 @@ def z_plus(epsilon: float = 1e-6, bias: bool = True) -> LinearRule:
     """
 
     def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
-        return [Share(1.0, _halves(x, _positive(w), _negative(w)), _some(_positive, b))]
+        return [Share(1.0, _halves(x, _positive(w), _negative(w)), _some(_positive, b), 1)]
 
     return LinearRule("z_plus", shares, epsilon, bias)
 
@@ -281,9 +283,9 @@ def alpha_beta(alpha: float = 2.0, beta: float = 1.0, epsilon: float = 1e-6, bia
 
     def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
         up, down = _positive(w), _negative(w)
-        shares = [Share(alpha, _halves(x, up, down), _some(_positive, b))]
+        shares = [Share(alpha, _halves(x, up, down), _some(_positive, b), 1)]
         if beta:
-            shares.append(Share(-beta, _halves(x, down, up), _some(_negative, b)))
+            shares.append(Share(-beta, _halves(x, down, up), _some(_negative, b), -1))
         return shares
 
     return LinearRule("alpha_beta", shares, epsilon, bias)
@@ -340,7 +342,7 @@ def w_square(epsilon: float = 1e-6, bias: bool = True) -> LinearRule:
     """
 
     def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
-        return [Share(1.0, [(torch.ones_like(x), w.square())], _some(torch.square, b))]
+        return [Share(1.0, [(torch.ones_like(x), w.square())], _some(torch.square, b), 1)]
 
     return LinearRule("w_square", shares, epsilon, bias)
 
@@ -353,7 +355,7 @@ def flat(epsilon: float = 1e-6) -> LinearRule:
     """
 
     def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
-        return [Share(1.0, [(torch.ones_like(x), torch.ones_like(w))], None)]
+        return [Share(1.0, [(torch.ones_like(x), torch.ones_like(w))], None, 1)]
 
     return LinearRule("flat", shares, epsilon, False)
 
@@ -377,13 +379,30 @@ def norm(epsilon: float = 1e-6, plain: bool = False) -> Rule:
     return rule
 
 
-def first(rule: LinearRule, others: LinearRule) -> Rule:
+def first(rule: LinearRule, others: Rule) -> Rule:
     """Use one rule at the first linear map with parameters that a run meets, and another at all others."""
 
     def chosen(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
-        return (others if memo.get("maps") else rule)(operation, *args, memo=memo, **kwargs)
+        return (others if maps_met(memo)[0] else rule)(operation, *args, memo=memo, **kwargs)
 
     return Remembering(chosen)
+
+
+def last(rule: LinearRule, others: LinearRule) -> LinearRule:
+    """Use one rule at the last linear map with parameters that a run meets, and another at all others.
+
+    To treat both ends apart: ``first(a, last(c, b))``. It cannot be compiled.
+
+    Example:
+        >>> from pullback import lrp, params_of
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> params, x = params_of(model), torch.randn(5, 3)
+        >>> a = lrp(params, model, x, 0, rules=composed(last(z_plus(), epsilon())))
+        >>> b = lrp(params, model, x, 0, rules={**composed(epsilon()), ("2", F.linear): z_plus()})
+        >>> torch.allclose(a, b)
+        True
+    """
+    return Late(name="last", last=rule, others=others)
 
 
 # -- relevance: batch norm
