@@ -152,7 +152,6 @@ LAWS |= {
     "full_grad": Law(points=2),
     # without the kinks of epsilon at 0, and the pole of softplus, which is not 0 where its input is
     "lrp": Law({"rules": {**rules.epsilon_plus(1e-12), F.softplus: rules.derivative()}}, basis=True),
-    "contrastive_excitation_backprop": Law(points=3, suited=lambda case: {"contrast_layer": case.layers[0]}),
     "deep_lift": Law(points=2, basis=True, suited=lambda case: {"baseline": another_start(case)}),
     "deep_lift_shap": Law(points=4, suited=lambda case: {"baselines": case.x}),
     "attention_relevance": Law(points=2),
@@ -234,16 +233,6 @@ GROUPED = "feature_ablation feature_permutation shapley_values shapley_sampling 
 RELEVANCE = ("lrp", "excitation_backprop", "contrastive_excitation_backprop", "deep_lift", "deep_lift_shap")
 
 EXCEPTIONS: list[Exempt] = [
-    Exempt(
-        "call",
-        "the classifier's weight is made by a hook or a parametrization: there is no parameter to negate",
-        ValueError,
-        "`classifier` must name a layer with a weight",
-        methods=lambda name: name == "contrastive_excitation_backprop",
-        cases=lambda case: case.name in ("spectral norm", "weight norm"),
-        who="`contrastive_excitation_backprop`",
-        on="weight norm and spectral norm at the classifier",
-    ),
     Exempt(
         "call",
         "a mask, a blur or a map at the input needs one tensor",

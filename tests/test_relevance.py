@@ -63,11 +63,37 @@ def test_excitation_sums_to_one_on_networks_as_they_come(name, names):
         torch.testing.assert_close(total, torch.ones(2), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["plain", "weight norm", "spectral norm", "convolution"])
+def test_contrastive_is_the_target_less_its_opposite(name):
+    """Two passes, one with the classifier's weight negated; however that weight is made."""
+    torch.manual_seed(0)
+    head: nn.Module = nn.Conv2d(4, 3, 2) if name == "convolution" else nn.Linear(16, 3)
+    if name.endswith("norm"):
+        head = {"weight norm": nn.utils.weight_norm, "spectral norm": nn.utils.parametrizations.spectral_norm}[name](
+            head
+        )
+    layers = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 2), nn.ReLU()]
+    layers += [head, nn.Flatten()] if name == "convolution" else [nn.Flatten(), head]
+    model, x = nn.Sequential(*layers).double().eval(), torch.rand(2, 2, 5, 5, dtype=torch.float64)
+    opposite = nn.Sequential(*layers).eval()
+    index = 4 if name == "convolution" else 5
+    opposite[index] = nn.Conv2d(4, 3, 2).double() if name == "convolution" else nn.Linear(16, 3).double()
+    opposite[index].load_state_dict({"weight": -head.weight.detach(), "bias": head.bias.detach()})
+    for layer in ("", "1"):
+        target = excitation_backprop(params_of(model), model, x, 1, layer=layer)
+        against = excitation_backprop(params_of(opposite), opposite, x, 1, layer=layer)
+        found = contrastive_excitation_backprop(params_of(model), model, x, 1, layer=layer)
+        torch.testing.assert_close(found, target - against)
+
+
 def test_contrastive_errors():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     params, x = params_of(model), torch.rand(1, 3)
-    with pytest.raises(ValueError, match=r"`classifier` must name a layer with a weight, got '1': no `1.weight`"):
+    with pytest.raises(ValueError, match=r"`classifier` must name a linear layer or a convolution that runs, got '1'"):
         contrastive_excitation_backprop(params, model, x, 0, contrast_layer="0", classifier="1")
+    with pytest.raises(ValueError, match="No layer `2` in the model"):
+        contrastive_excitation_backprop(params, model, x, 0, contrast_layer="2")
     with pytest.raises(ValueError, match="`classifier` must be named"):
         contrastive_excitation_backprop({}, nn.ReLU(), x, 0, contrast_layer="")
     with pytest.raises(TypeError, match=r"`model` must be a torch.nn.Module"):

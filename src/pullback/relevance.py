@@ -29,10 +29,10 @@ from pullback._call import (
     pullback,
     run,
 )
-from pullback._relevance import nonzero
-from pullback._shell import named_layers
-from pullback._taps import Layer, Site
-from pullback.rules import Rules, table_of
+from pullback._relevance import LINEAR, Remembering, nonzero
+from pullback._shell import named_layers, nearest
+from pullback._taps import Site
+from pullback.rules import Rules, contrasted, excitation_table, table_of
 
 
 def _times_activation(pulled: Pulled, cotangents: Sequence[Tensor]) -> Any:
@@ -187,7 +187,7 @@ def contrastive_excitation_backprop(
     target: Target,
     *,
     layer: str = "",
-    contrast_layer: str,
+    contrast_layer: str | None = None,
     classifier: str | None = None,
     at: str = "output",
     output: Select = None,
@@ -197,26 +197,28 @@ def contrastive_excitation_backprop(
 
     .. math:: R = T (P - \bar P)
 
-    with relevance P of the target and :math:`\bar P` of its opposite at the contrast layer, and T the way from there to
-    `layer`. What all classes share cancels. Costs 3 forwards and 3 backwards.
+    with relevance P of the target and :math:`\bar P` of its opposite before the classifier, and T the way from there to
+    `layer`. What all classes share cancels. T is linear, so the rule of the classifier hands on the difference, and one
+    pass serves both. Costs 1 gradient with the rules of excitation backprop.
 
     Args:
         params, model, x, target, at, output, strict: See `excitation_backprop`.
-        layer: Where relevance is wanted, before `contrast_layer`.
-        contrast_layer: Where target and opposite are compared, after `layer` and before the classifier.
+        layer: Where relevance is wanted, before the classifier.
+        contrast_layer: Where the paper compares target and opposite. As T is linear, the result is the same at every
+            layer that all paths pass through: it need not be given.
         classifier: The layer whose weight is negated. The last linear layer or convolution if omitted.
 
     Returns:
         Relevance, signed, shaped like `x` or the activation.
 
     Raises:
-        ValueError: If the model has no such layers, or no `weight` in the classifier.
+        ValueError: If the model has no such layers, or the classifier is no linear layer or convolution.
 
     Example:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> params, x = params_of(model), torch.randn(5, 3)
-        >>> a = contrastive_excitation_backprop(params, model, x, 0, layer="1", contrast_layer="3")
+        >>> a = contrastive_excitation_backprop(params, model, x, 0, layer="1")
         >>> b = excitation_backprop(params, model, x, 0, layer="1")
         >>> bool((a <= b + 1e-6).all())
         True
@@ -226,31 +228,26 @@ def contrastive_excitation_backprop(
     """
     if not isinstance(model, nn.Module):
         raise TypeError("`model` must be a torch.nn.Module, whose classifier can be negated, got a function.")
-    table, options = table_of("excitation"), {"output": output, "strict": strict}
-    whole = pullback(params, model, x, layer=layer, at=at, table=table, **options)
-    seed = _probability(whole.output, target)
-    negated = _negated(params, model, classifier)
-    opposite = pullback(negated, model, x, layer=contrast_layer, table=table, **options)
-    against = opposite.rebuild(opposite.pull(_probability(opposite.output, target)))
-    lower = pullback(params, model, x, layer=layer, at=at, table=table, output=Layer(contrast_layer), strict=strict)
-    parts = zip(whole.pull(seed), lower.pull(against), strict=True)
-    return _times_activation(whole, [a - b for a, b in parts])
+    names = [name for name, _ in named_layers(model)]
+    if contrast_layer is not None and Site.parse(contrast_layer, at).name not in names:
+        raise ValueError(f"No layer `{contrast_layer}` in the model. {nearest(contrast_layer, names)}")
+    if classifier is None:
+        linear = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        classifier = next((n for n, layer in reversed([*named_layers(model)]) if isinstance(layer, linear)), None)
+        if classifier is None:
+            raise ValueError("`classifier` must be named: the model has no linear layer or convolution.")
+    met: list[bool] = []
 
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        met.append(True)
+        return contrast(*args, **kwargs)
 
-def _negated(params: Params, model: nn.Module, classifier: str | None) -> Params:
-    """Give the parameters with the weight of the classifier negated."""
-    linear = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    found = [name for name, layer in named_layers(model) if isinstance(layer, linear)]
-    if classifier is None and not found:
-        raise ValueError("`classifier` must be named: the model has no linear layer or convolution.")
-    name = f"{found[-1] if classifier is None else classifier}.weight"
-    own = dict(model.named_parameters())
-    parts = params if isinstance(params, tuple) else (params,)
-    given = {k: v for part in parts for k, v in part.items()}
-    weight = given.get(name, own.get(name))
-    if weight is None:
-        raise ValueError(f"`classifier` must name a layer with a weight, got {classifier!r}: no `{name}`.")
-    return {**given, name: -weight}
+    contrast = contrasted()
+    table = table_of({**excitation_table(), **{(classifier, operation): Remembering(rule) for operation in LINEAR}})
+    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table, strict=strict)
+    if not met:
+        raise ValueError(f"`classifier` must name a linear layer or a convolution that runs, got {classifier!r}.")
+    return _times_activation(pulled, pulled.pull(_probability(pulled.output, target)))
 
 
 # -- DeepLIFT

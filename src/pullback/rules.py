@@ -245,6 +245,22 @@ def excitation(plain: bool = False) -> LinearRule:
     return LinearRule("excitation", shares, 1e-20, plain=plain)
 
 
+def contrasted() -> LinearRule:
+    r"""Give the rule of a classifier in contrastive excitation backprop: less what its negated weights excite.
+
+    .. math:: R_i = x_i \sum_j \Big( \frac{w_{ji}^+}{\sum_k w_{jk}^+ x_k} - \frac{w_{ji}^-}{\sum_k w_{jk}^- x_k} \Big) R_j
+
+    Reference:
+        Zhang, Lin, Brandt, Shen & Sclaroff, Top-down Neural Attention by Excitation Backprop, 2016, sec. 3.3.
+    """
+
+    def shares(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Sequence[Share]:
+        up, down = _positive(w), _negative(w)
+        return [Share(1.0, _halves(x, up, down), None, 1), Share(-1.0, _halves(x, -down, -up), None, 1)]
+
+    return LinearRule("contrasted", shares, 1e-20)
+
+
 def epsilon(epsilon: float = 1e-6, bias: bool = True) -> LinearRule:
     r"""Give the rule :math:`R_i = x_i \sum_j \frac{w_{ji}}{z_j + \epsilon \, \mathrm{sign} z_j} R_j`.
 
