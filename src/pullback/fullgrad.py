@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,7 @@ from pullback._levels import jvp
 from pullback._ops import ACTIVATIONS, Operation, Table, operation_of
 from pullback._targets import shared_pull
 
-_AFFINE = [getattr(F, name) for name in "linear conv1d conv2d conv3d".split()]
-_TRANSPOSED = [getattr(F, f"conv_transpose{n}d") for n in (1, 2, 3)]
+_CONVOLUTIONS = [getattr(F, f"{kind}{n}d") for kind in ("conv", "conv_transpose") for n in (1, 2, 3)]
 _LAYER_NORM = operation_of(F.layer_norm)
 _NORMS = [F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm]
 _CURVED = [getattr(F, name) for name in ACTIVATIONS if name not in ("relu", "leaky_relu", "prelu", "rrelu")]
@@ -48,8 +47,7 @@ def full_grad(
     as those of the classifier, are in the sum and not in the map.
 
     The first equation holds exactly but for products of two activations (attention, gates) and constants that
-    the model adds by hand. Costs 1 gradient and
-    1 forward.
+    the model adds by hand. Costs 1 gradient and 1 forward.
 
     Args:
         params, model, x, target, output, strict: See `gradient`; `x` is ``[batch channel ...]``.
@@ -99,6 +97,9 @@ def _shape(x: Any) -> str:
     return str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
 
 
+Noted: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
+
+
 def _biases(met: list[Tensor], deltas: Sequence[Tensor] | None) -> Table:
     """Give rules that note the bias of each operation, as large as its output, and add `deltas` to the outputs."""
 
@@ -107,18 +108,28 @@ def _biases(met: list[Tensor], deltas: Sequence[Tensor] | None) -> Table:
         met.append(bias.expand_as(y))
         return y if deltas is None else y + deltas[place]
 
-    def affine(axis_from_end: Callable[[Tensor], int]) -> Callable[..., Tensor]:
-        def rule(
-            operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
-        ) -> Tensor:
-            y = operation(input, weight, bias, *args, **kwargs)
-            if bias is None:
-                return y
-            return noted(y, bias.reshape(-1, *[1] * axis_from_end(y)))
+    rules = {F.linear: _of_affine(noted, 0)}
+    rules |= {operation: _of_affine(noted, int(operation.__name__[-2])) for operation in _CONVOLUTIONS}
+    rules |= dict.fromkeys([*_NORMS, *_CURVED], _of_curved(noted))
+    return Table.of(rules, name="The biases")
 
-        return rule
 
-    def curved(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _of_affine(noted: Noted, axes: int) -> Callable[..., Tensor]:
+    """Note the bias of a linear map or a convolution over so many axes."""
+
+    def rule(
+        operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y = operation(input, weight, bias, *args, **kwargs)
+        return y if bias is None else noted(y, bias.reshape(-1, *[1] * axes))
+
+    return rule
+
+
+def _of_curved(noted: Noted) -> Callable[..., Tensor]:
+    """Note what an operation puts out above its derivative times its input."""
+
+    def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         form = _native.FORMS.get(operation)
 
         def function(input: Tensor) -> Tensor:
@@ -129,14 +140,4 @@ def _biases(met: list[Tensor], deltas: Sequence[Tensor] | None) -> Table:
         y, *linear = jvp(function, (input,), (input,))
         return noted(y, y - linear[0])
 
-    return Table.of(
-        {F.linear: affine(lambda y: 0)}
-        | {operation: affine(_axes_after_channel(operation)) for operation in _AFFINE[1:] + _TRANSPOSED}
-        | dict.fromkeys([*_NORMS, *_CURVED], curved),
-        name="The biases",
-    )
-
-
-def _axes_after_channel(operation: Operation) -> Callable[[Tensor], int]:
-    axes = int(operation.__name__[-2])
-    return lambda y: axes
+    return rule

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback._batch import chunks, each, folded, repeated, unfolded
+from pullback._batch import each, folded, repeated, unfolded
 from pullback._call import Inputs, Leaves, Model, Params, Target, public
 from pullback._random import Seed, normal
+from pullback._targets import copies
 from pullback.gradients import gradient
 
 Attribution = Callable[..., Any]
@@ -48,7 +49,7 @@ def smooth_grad(
         noise: Standard deviation, as a fraction of each example's range (greatest less least value).
         absolute: Take `noise` in the units of `x`.
         seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
-        chunk_size: Samples evaluated together. All of them if omitted.
+        chunk_size: Samples evaluated together. If omitted all of them, and under `over_targets` what its memory allows.
         **options: Passed to `method`.
 
     Returns:
@@ -68,6 +69,36 @@ def smooth_grad(
         Smilkov et al., SmoothGrad: Removing Noise by Adding Noise, 2017, sec. 3.1. Hooker et al., A Benchmark for
         Interpretability Methods, 2019 (squared). Adebayo et al., Local Explanation Methods, 2018 (variance).
     """
+    leaves = _checked(x, statistic, samples, noise)
+    scales = [torch.full_like(t[:1], noise) if absolute else noise * _span(t) for t in leaves.tensors]
+
+    def sampled(part: range) -> Any:
+        """Give the attributions of some samples, ``[sample batch ...]``."""
+        index = torch.arange(part.start, part.stop, device=leaves.tensors[0].device)
+        noisy = [
+            folded(t + scale * normal(seed, index, t.shape[1:], t.dtype, stream).unsqueeze(1))
+            for stream, (t, scale) in enumerate(zip(leaves.tensors, scales, strict=True))
+        ]
+
+        def each_copy(v: Any) -> Any:
+            return repeated(v, len(part), leaves.batch)
+
+        a = method(params, model, leaves.rebuild(noisy, each_copy), each_copy(target), **options)
+        return each(lambda v: unfolded(v, len(part)), a)
+
+    totals: list[Any] = []
+    first: Any = None
+    for part in copies(samples, chunk_size, leaves.tensors):
+        a = sampled(part)
+        first = each(lambda v: v[0], a) if first is None else first
+        sums = [each(lambda v: v.sum(0), moment) for moment in _moments(statistic, a, first)]
+        totals = [each(torch.add, t, s) for t, s in zip(totals, sums, strict=True)] if totals else sums
+    if statistic == "variance":
+        return each(lambda t, q: (q - t.square() / samples) / (samples - 1), *totals)
+    return each(lambda t: t / samples, totals[0])
+
+
+def _checked(x: Inputs, statistic: str, samples: int, noise: float) -> Leaves:
     if statistic not in ("mean", "squared", "variance"):
         raise ValueError(f"`statistic` must be 'mean', 'squared' or 'variance', got {statistic!r}.")
     least = 2 if statistic == "variance" else 1
@@ -78,36 +109,18 @@ def smooth_grad(
     leaves = Leaves(x)
     if not leaves.floating:
         raise TypeError("`x` holds no floating-point tensor to add noise to. Give the embedding as `x`.")
-    batch = leaves.batch
-    scales = [torch.full_like(t[:1], noise) if absolute else noise * _span(t) for t in leaves.tensors]
-    total: Any = None
-    squares: Any = None
-    shift: Any = None  # the first sample: the variance of what is near a constant survives the rounding
-    for part in chunks(samples, chunk_size):
-        count = len(part)
-        index = torch.arange(part.start, part.stop, device=leaves.tensors[0].device)
-        noisy = [
-            folded(t + scale * normal(seed, index, t.shape[1:], t.dtype, stream).unsqueeze(1))
-            for stream, (t, scale) in enumerate(zip(leaves.tensors, scales, strict=True))
-        ]
-        copies = leaves.rebuild(noisy, lambda v: repeated(v, count, batch))  # noqa: B023
-        a = method(params, model, copies, repeated(target, count, batch), **options)
-        a = each(lambda v: unfolded(v, count), a)  # noqa: B023
-        if statistic == "variance":
-            shift = each(lambda v: v[0], a) if shift is None else shift
-            a = each(lambda v, s: v - s, a, shift)
-        total = _added(total, a) if statistic != "squared" else total
-        squares = _added(squares, each(torch.square, a)) if statistic != "mean" else squares
-    if statistic == "mean":
-        return each(lambda t: t / samples, total)
-    if statistic == "squared":
-        return each(lambda q: q / samples, squares)
-    return each(lambda t, q: (q - t.square() / samples) / (samples - 1), total, squares)
+    return leaves
 
 
-def _added(total: Any, values: Any) -> Any:
-    sums = each(lambda v: v.sum(0), values)
-    return sums if total is None else each(torch.add, total, sums)
+def _moments(statistic: str, a: Any, first: Any) -> list[Any]:
+    """Give what is summed over samples: attributions, their squares, or both, for the variance.
+
+    That is taken about the first sample: the variance of what is near a constant survives the rounding.
+    """
+    if statistic == "variance":
+        a = each(torch.sub, a, first)
+        return [a, each(torch.square, a)]
+    return [a if statistic == "mean" else each(torch.square, a)]
 
 
 def _span(x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def integrated_gradients(
             ``"trapezoid"``.
         path: From baseline, input (or activations) and `alpha` in [0, 1] to a point, for each tensor; straight if
             omitted. Its velocity is taken by `torch.func.jvp`.
-        chunk_size: Points evaluated together. All of them if omitted.
+        chunk_size: Points evaluated together. If omitted all of them, and under `over_targets` what its memory allows.
         return_info: Return ``(attribution, info)``, where ``info["gap"]``, ``[batch]``, is the sum of the attribution
             less the difference in score. Costs a forward for each end.
 
