@@ -96,8 +96,8 @@ def lite0() -> Network:
 def mosaics(arguments: argparse.Namespace) -> None:
     network = lite0()
     cut = benchmark.tiles(network.model, benchmark.photographs(arguments.folder), network.preprocessing)
-    examples = benchmark.mosaics(cut, count=1 if arguments.quick else 14)
-    steps, samples = (2, 8) if arguments.quick else (12, 128)
+    examples = benchmark.mosaics(cut, count=1 if arguments.quick else 7)
+    steps, samples = (2, 8) if arguments.quick else (12, 64)
     table = benchmark.entries(examples, LITE0, steps=steps, samples=samples, side=4 if arguments.quick else 8)
     judge(arguments, "mosaics", network.model, examples, benchmark.affordable(table, 0), INSIDE)
 

@@ -181,12 +181,12 @@ DEAR = {
         "smooth_grad integrated_gradients expected_gradients blur_integrated_gradients guided_integrated_gradients "
         "idgi neuron_conductance conductance internal_influence smooth_grad_cam_plus_plus xrai deep_lift_shap "
         "occlusion feature_ablation".split(),
-        (7, 50, None),
+        (4, 50, None),
     ),
     **dict.fromkeys(
         "score_cam ss_cam is_cam ablation_cam rise sobol_attribution hsic_attribution feature_permutation "
         "shapley_sampling kernel_shap lime".split(),
-        (4, 25, None),
+        (2, 25, None),
     ),
     **dict.fromkeys("extremal_perturbation meaningful_perturbation".split(), (2, 10, 2)),
     "shapley_values": (0, 25, 2),
