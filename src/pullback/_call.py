@@ -25,6 +25,7 @@ from pullback._probe import described, known, probe, remember, shapes
 from pullback._shell import Params, Shell, is_scripted, named_layers
 from pullback._taps import Layer, Seen, Site, around, attach
 from pullback._targets import (
+    Pull,
     check_indices,
     check_range,
     head_input,
@@ -411,13 +412,13 @@ class Pulled(NamedTuple):
     """A forward with its way back.
 
     `activations`: what the derivative is taken at: the tensors of `x`, or the layer's activation, one a call.
-    `pull(cotangent)`: their cotangents, as a tuple.
+    `pull(cotangent, reduce)`: their cotangents, as a tuple, or what `reduce` makes of them.
     `rebuild`: gives a tuple of such tensors the structure of `x`, or of the activation.
     """
 
     output: Tensor
     activations: tuple[Tensor, ...]
-    pull: Callable[[Tensor], tuple[Tensor, ...]]
+    pull: Pull
     rebuild: Callable[[Sequence[Tensor]], Any]
 
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,8 +16,15 @@ from pullback._batch import chunks, each
 from pullback._ops import swapped
 from pullback._torch import compiling, current_level, functorch, is_functorch_wrapped_tensor
 
-Pull = Callable[[Tensor], tuple[Tensor, ...]]
-Back = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+Tensors = tuple[Tensor, ...]
+Back = Callable[[Tensors], Tensors]
+Reduce = Callable[[Tensors], Tensors]
+
+
+class Pull(Protocol):
+    """Pull a cotangent back; what `reduce` makes of the gradients takes their place, chunk by chunk."""
+
+    def __call__(self, cotangent: Tensor, reduce: Reduce | None = None) -> Tensors: ...
 
 
 CPU_BUDGET, DEVICE_BUDGET = 24 * 2**20, 512 * 2**20  # bytes for the cotangents of a chunk
@@ -155,38 +162,63 @@ def shared_pull(back: Back, outputs: tuple[Tensor, ...]) -> Pull:
     `back` takes a cotangent for each of `outputs`: the output and, where there are more targets than the head is wide,
     the head's input. The pull is linear: one for each unit of that input, and a combination of them, serve all targets.
     """
-    zeros = tuple(torch.zeros_like(output) for output in outputs)
 
-    def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
-        gradients = back((cotangent, *zeros[1:]))
-        return gradients if readable(cotangent) else tuple(_poisoned(g, cotangent) for g in gradients)
+    def pull(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
+        gradients = back((cotangent, *map(torch.zeros_like, outputs[1:])))
+        return _finished(gradients, cotangent, reduce)
 
     running = _running()
     if running is None:
         return pull
     weight = running.head[1] if len(outputs) > 1 and running.head is not None else None
-    hidden: Any = outputs[-1]  # pyright: ignore[reportGeneralTypeIssues]
 
-    def chunked(cotangent: Tensor) -> tuple[Tensor, ...]:
+    def chunked(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
         level, count = running.level, len(running.targets)
         one_forward = not any(_is_mapped(output, level) for output in outputs)  # an adaptive method's has one a target
         if not (one_forward and _is_mapped(cotangent, level)) or current_level() != level:
-            return pull(cotangent)
+            return pull(cotangent, reduce)
         size = _chunk_size(running, cotangent.device)
         if size >= count and weight is None:
-            return pull(cotangent)
+            return pull(cotangent, reduce)
         whole = functorch._remove_batch_dim(cotangent, level, count, 0)
         if weight is None:
-            gradients = _in_chunks(pull, whole, size)
+            parts = _in_chunks(_vectorised(lambda c: pull(c, reduce)), whole, size)
         else:
-            units = torch.eye(weight.shape[1], dtype=hidden.dtype, device=weight.device)
-            units = units.unsqueeze(1).expand(-1, *hidden.shape)
-            basis = _in_chunks(lambda unit: back((zeros[0], unit)), units, size)
-            shares = whole @ weight.to(whole.dtype)
-            gradients = [torch.einsum("kbj,jbx->kbx", shares, g.flatten(2)).unflatten(2, g.shape[2:]) for g in basis]
-        return tuple(functorch._add_batch_dim(g, 0, level) for g in gradients)
+            parts = _combined(back, outputs, weight, whole, size, reduce)
+        return tuple(functorch._add_batch_dim(part, 0, level) for part in parts)
 
     return chunked
+
+
+def _finished(gradients: Tensors, cotangent: Tensor, reduce: Reduce | None) -> Tensors:
+    result = gradients if reduce is None else reduce(gradients)
+    return result if readable(cotangent) else tuple(_poisoned(r, cotangent) for r in result)
+
+
+def _combined(
+    back: Back, outputs: Tensors, weight: Tensor, cotangents: Tensor, size: int, reduce: Reduce | None
+) -> list[Tensor]:
+    """Pull each unit of the head's input back once: the pull of a cotangent is a combination of these."""
+    zero, hidden = torch.zeros_like(outputs[0]), outputs[-1]
+    units = torch.eye(weight.shape[1], dtype=hidden.dtype, device=weight.device)
+    units = units.unsqueeze(1).expand(-1, *hidden.shape)
+    basis = _in_chunks(_vectorised(lambda unit: back((zero, unit))), units, size)
+
+    def combine(chunk: Tensor) -> Tensors:
+        shares = chunk @ weight.to(chunk.dtype)
+        gradients = [torch.einsum("kbj,jbx->kbx", shares, g.flatten(2)).unflatten(2, g.shape[2:]) for g in basis]
+        return _vectorised(lambda cotangent, *g: _finished(g, cotangent, reduce))(chunk, *gradients)
+
+    return _in_chunks(combine, cotangents, size)
+
+
+def _vectorised(one: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    def many(*stacked: Tensor) -> Tensors:
+        if len(stacked[0]) > 1:
+            return torch.vmap(one)(*stacked)
+        return each(lambda g: g.unsqueeze(0), one(*(s[0] for s in stacked)))
+
+    return many
 
 
 def _is_mapped(tensor: Tensor, level: int) -> bool:
@@ -202,14 +234,13 @@ def _poisoned(gradient: Tensor, cotangent: Tensor) -> Tensor:
     return gradient + bad.sum()
 
 
-def _in_chunks(pull: Pull, cotangents: Tensor, size: int) -> list[Tensor]:
-    """Pull ``[target ...]`` cotangents, `size` at a time."""
+def _in_chunks(pull: Callable[[Tensor], Tensors], cotangents: Tensor, size: int) -> list[Tensor]:
+    """Pull ``[target ...]`` cotangents, `size` at a time, into one result each."""
     count = len(cotangents)
     gradients: list[Tensor] = []
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, count, size):
-        chunk = cotangents[start : start + size]
-        part = each(lambda g: g.unsqueeze(0), pull(chunk[0])) if len(chunk) == 1 else torch.vmap(pull)(chunk)
+        part = pull(cotangents[start : start + size])
         if any(is_functorch_wrapped_tensor(g) or g.requires_grad for g in part):
             parts.append(part)  # somebody differentiates the result: nothing is written in place
             continue

@@ -261,5 +261,8 @@ def _sides(x: Inputs) -> tuple[int, ...]:
 
 def reduced(pulled: Pulled, cotangent: Tensor, reduce: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Pull back, reduce each call of the layer to a map, and sum the maps."""
-    gradients = pulled.pull(cotangent)
-    return pulled.rebuild([reduce(a, g) for a, g in zip(pulled.activations, gradients, strict=True)])
+
+    def maps(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(reduce(a, g) for a, g in zip(pulled.activations, gradients, strict=True))
+
+    return pulled.rebuild(pulled.pull(cotangent, maps))
