@@ -125,6 +125,13 @@ def operation_of(function: Operation) -> Operation:
     return spelling.operation if spelling else function
 
 
+def _matches(layer: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(layer, pattern)
+
+
+_matches._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # dynamo cannot trace fnmatch
+
+
 @dataclass
 class Table:
     """Rules by operation, and by layer name pattern and operation; the more specific key wins, then the later.
@@ -156,7 +163,7 @@ class Table:
 
     def find(self, layer: str, operation: Operation) -> Rule | None:
         for pattern, wanted, rule in reversed(self.by_layer):
-            if wanted is operation and fnmatch.fnmatchcase(layer, pattern):
+            if wanted is operation and _matches(layer, pattern):
                 return rule
         return self.rules.get(operation)
 
