@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -128,22 +128,27 @@ def grid_masks(grids: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _reach(step: int, sigma: float, axes: int) -> tuple[int, int, Tensor, Tensor]:
-    """Give padding and radius in steps, the distinct weights of a parameter, and which of them each offset has.
+def _reach(step: int, sigma: float, axes: int) -> tuple[int, int, Tensor, Tensor, Tensor]:
+    """Give padding and radius in steps, the distinct weights of a parameter, and where they are.
 
-    A parameter reaches ``(2 radius + 1) step`` pixels along each axis; its weight at an offset depends on the distance
-    alone, and many offsets share a distance.
+    A parameter reaches ``(2 radius + 1) step`` pixels along each axis. Its weight at an offset depends on the distance
+    alone, and so on the offset's size along each axis: `which` names the weight for each offset along the first axis
+    and each size along the others, and `fold` the size for each offset.
     """
     padding, radius = 1 + math.ceil(2 * sigma / step), 1 + math.ceil(sigma / step)
     # a pixel is seen as (step * block + phase); the parameter at the margin's start sits at pixel `sigma`
     offset = torch.arange((2 * radius + 1) * step, dtype=torch.float64) + (padding - 2 * radius) * step - sigma
+    sizes, fold = torch.unique((offset.abs() * 4096).round() / 4096, return_inverse=True)
     square = sum(
-        (offset.reshape([-1 if k == axis else 1 for k in range(axes)]) ** 2 for axis in range(axes)),
-        torch.zeros([len(offset)] * axes, dtype=torch.float64),
+        (
+            along.reshape([-1 if k == axis else 1 for k in range(axes)]) ** 2
+            for axis, along in enumerate([offset] + [sizes] * (axes - 1))
+        ),
+        torch.zeros([len(offset)] + [len(sizes)] * (axes - 1), dtype=torch.float64),
     )
     squares, which = torch.unique((square * 4096).round() / 4096, return_inverse=True)
     weights = torch.exp(-2 * (squares.sqrt() / sigma - 0.5).clamp(min=0) ** 2)
-    return padding, radius, weights, which.flatten()
+    return padding, radius, weights, which.flatten(), fold
 
 
 def smooth_grid(size: Sequence[int], step: int) -> tuple[int, ...]:
@@ -212,9 +217,10 @@ def smooth_masks(
         raise ValueError(
             f"`parameters` must be a grid of {list(grid)} for masks of {list(size)}, got {list(parameters.shape[2:])}."
         )
-    padding, radius, weights, which = _reach(step, float(sigma), len(grid))
+    padding, radius, weights, which, fold = _reach(step, float(sigma), len(grid))
     drawn = _whole_size(size, step, sigma)
-    how = (grid, drawn, step, padding, radius, weights.to(parameters), which.to(parameters.device), pooling, coldness)
+    which, fold = which.to(parameters.device), fold.to(parameters.device)
+    how = (grid, drawn, step, padding, radius, weights.to(parameters), which, fold, pooling, coldness)
     # what a parameter adds to each pixel in its reach is laid out for a few masks at a time
     together = max(1, 2**23 // (len(which) * math.prod(grid)))
     parts = [_drawn(parameters[k.start : k.stop].flatten(1), *how) for k in chunks(len(parameters), together)]
@@ -233,6 +239,7 @@ def _drawn(
     radius: int,
     weights: Tensor,
     which: Tensor,
+    fold: Tensor,
     pooling: str,
     coldness: float,
 ) -> Tensor:
@@ -241,7 +248,7 @@ def _drawn(
     values = weights[:, None] * parameters[:, None]  # [mask distance parameter]
 
     def spread(values: Tensor, highest: bool = False) -> Tensor:
-        return _laid_out(values.index_select(1, which), grid, whole, step, taps, padding - 2 * radius, highest)
+        return _laid_out(values.index_select(1, which), fold, grid, whole, step, taps, padding - 2 * radius, highest)
 
     if pooling == "sum":
         return spread(values)
@@ -284,8 +291,42 @@ def plain_smooth_masks(
     return (stacked * torch.softmax(coldness * stacked, 1)).sum(1)
 
 
+class _Overlapped(torch.autograd.Function):
+    """Sum over the axis `taps`, each entry laid down one place further along the axis `cells`, counted from the end.
+
+    What a sum of padded tensors gives, in one pass over memory.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(patches: Tensor, taps: int, cells: int) -> Tensor:
+        parts = patches.unbind(taps)
+        shape = list(parts[0].shape)
+        shape[cells] += len(parts) - 1
+        total = patches.new_zeros(shape)
+        for tap, part in enumerate(parts):
+            total.narrow(cells, tap, part.shape[cells]).add_(part)
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        patches, ctx.taps, ctx.cells = inputs
+        ctx.count, ctx.length = patches.shape[ctx.taps], patches.shape[ctx.cells]
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        parts = [slope.narrow(ctx.cells, tap, ctx.length) for tap in range(ctx.count)]
+        return torch.stack(parts, ctx.taps), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Overlapped.apply(tangent, ctx.taps, ctx.cells)
+
+
 def _laid_out(
     patches: Tensor,
+    fold: Tensor,
     grid: tuple[int, ...],
     whole: tuple[int, ...],
     step: int,
@@ -295,18 +336,24 @@ def _laid_out(
 ) -> Tensor:
     """Sum patches ``[mask offset parameter]``, each laid down at its parameter's place, or take the highest.
 
-    Along each axis an offset is ``step * tap + phase``, and lies in the block ``parameter + tap``.
+    Along each axis an offset is ``step * tap + phase``, and lies in the block ``parameter + tap``. Along all but the
+    first axis patches come folded: offsets of one size are one until their axis is summed.
     """
     axes = len(grid)
-    patches = patches.unflatten(1, [taps * step] * axes).unflatten(-1, grid)
+    patches = patches.unflatten(1, [taps * step] + [-1] * (axes > 1) + [int(fold.max()) + 1] * (axes - 2))
+    patches = patches.unflatten(-1, grid)
     for axis in range(axes):
+        patches = patches if axis == 0 else patches.index_select(1 + axis, fold)
         patches = patches.unflatten(1 + axis, (taps, step))
-        around = [0, 0] * (axes - 1 - axis)
-        laid = [
-            F.pad(patch, (*around, tap, taps - 1 - tap), value=-math.inf if highest else 0.0)
-            for tap, patch in enumerate(patches.unbind(1 + axis))
-        ]
-        patches = torch.stack(laid).amax(0) if highest else sum(laid[1:], laid[0])
+        if highest:
+            around = [0, 0] * (axes - 1 - axis)
+            laid = [
+                F.pad(patch, (*around, tap, taps - 1 - tap), value=-math.inf)
+                for tap, patch in enumerate(patches.unbind(1 + axis))
+            ]
+            patches = torch.stack(laid).amax(0)
+        else:
+            patches = _Overlapped.apply(patches, 1 + axis, axis - axes)
     # [mask *phase *block] -> [mask *(block phase)]
     order = [0, *(k for axis in range(axes) for k in (1 + axes + axis, 1 + axis))]
     image = patches.permute(order).reshape(len(patches), *(step * (n + taps - 1) for n in grid))
