@@ -17,6 +17,7 @@ from typing import Any
 
 import slow
 import torch
+import torch._dynamo
 from cases import CASES, UNSUPPORTED, Case
 from torch import Tensor
 from torch.nn import functional as F
@@ -216,7 +217,7 @@ def is_one_tensor(case: Case) -> bool:
 
 def has_sides(case: Case) -> bool:
     """All of the input has positions."""
-    parts = [part for part in pytree.tree_leaves(case.x) if part.is_floating_point()]
+    parts = [part for part in pytree.tree_flatten(case.x)[0] if part.is_floating_point()]
     return all(part.ndim > 2 for part in parts)
 
 
@@ -456,7 +457,7 @@ def points(name: str, case: Case) -> int:
 
 def flat(result: Any) -> tuple[Tensor, ...]:
     """The tensors of a result; `vmap` takes nothing else, so the `None` of integer inputs go."""
-    return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+    return tuple(leaf for leaf in pytree.tree_flatten(result)[0] if isinstance(leaf, Tensor))
 
 
 def method_on(name: str, case: Case, **more: Any) -> Callable[..., tuple[Tensor, ...]]:

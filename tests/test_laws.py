@@ -34,6 +34,7 @@ from pullback import over_targets, params_of
 # The first `jvp` in a process makes torch warn of a module of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 on_every_case = pytest.mark.parametrize(("name", "case"), pairs())
+FAST_PATH = getattr(torch.backends, "mha", None)  # torch 2.0 has no switch for it
 TIGHT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 
 
@@ -63,7 +64,8 @@ def lawful(name: str, case: Case, transform: str):
 
 def stacked(values: list[Any]) -> Any:
     """Stack nested inputs of one structure."""
-    return pytree.tree_map(lambda *parts: torch.stack(parts), *values)
+    columns = zip(*(pytree.tree_flatten(value)[0] for value in values))
+    return pytree.tree_unflatten([torch.stack(column) for column in columns], pytree.tree_flatten(values[0])[1])
 
 
 def other(x: Any) -> Any:
@@ -140,7 +142,7 @@ def state_of_torch() -> dict[str, Any]:
         "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark),
         "mkldnn": torch.backends.mkldnn.enabled,
         "attention": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()),
-        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "fast path": FAST_PATH is None or FAST_PATH.get_fastpath_enabled(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
         "modes": torch._C._len_torch_function_stack(),
@@ -170,7 +172,7 @@ def worn(case: Case) -> nn.Module:
 
 
 def floating(x: Any) -> list[Tensor]:
-    return [part for part in pytree.tree_leaves(x) if part.is_floating_point()]
+    return [part for part in pytree.tree_flatten(x)[0] if part.is_floating_point()]
 
 
 @on_every_case
@@ -184,7 +186,7 @@ def test_pure(name, case):
     with lawful(name, case, "call"):
         call(params, model, x, target)  # a first call may fill a cache of shapes
         before, functions = (state_of(model), state_of_torch()), functions_of_torch()
-        inputs = [(part, part._version, part.grad, part.detach().clone()) for part in pytree.tree_leaves(x)]
+        inputs = [(part, part._version, part.grad, part.detach().clone()) for part in pytree.tree_flatten(x)[0]]
         mine = {key: (value, value._version, value.clone()) for key, value in params.items()}
         target_before = (target._version, target.clone())
 
@@ -241,7 +243,7 @@ def test_pure_also_when_the_model_raises_in_the_middle(name, case):
             call(params, model, x, target)
     assert (state_of(model), state_of_torch()) == before
     assert functions_of_torch().items() >= functions.items()
-    assert all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(x), pytree.tree_leaves(values)))
+    assert all(torch.equal(a, b) for a, b in zip(pytree.tree_flatten(x)[0], pytree.tree_flatten(values)[0]))
     handle.remove()
 
 
@@ -461,7 +463,9 @@ def is_state(key: str) -> bool:
 
 
 def step(values: Any, way: Any, t: Any) -> Any:
-    return pytree.tree_map(lambda v, d: v + t * d if v.is_floating_point() else v, values, way)
+    parts, structure = pytree.tree_flatten(values)
+    moved = [v + t * d if v.is_floating_point() else v for v, d in zip(parts, pytree.tree_flatten(way)[0])]
+    return pytree.tree_unflatten(moved, structure)
 
 
 @on_every_case

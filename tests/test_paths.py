@@ -37,7 +37,7 @@ def target_of(case):
 
 
 def same(ours, theirs, rtol):
-    for a, b in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True):
+    for a, b in zip(pytree.tree_flatten(ours)[0], pytree.tree_flatten(theirs)[0], strict=True):
         if b is None:
             assert a is None
         else:
@@ -75,7 +75,7 @@ def test_integrated_gradients_is_complete(case):
     with torch.no_grad():
         ends = (torch.stack(slow.scores(case.call(twin, x), target)) for x in (case.x, start))
         difference = next(ends) - next(ends)
-    parts = [part.flatten(1).sum(1) for part in pytree.tree_leaves(attribution) if part is not None]
+    parts = [part.flatten(1).sum(1) for part in pytree.tree_flatten(attribution)[0] if part is not None]
     torch.testing.assert_close(torch.stack(parts).sum(0), difference, rtol=1e-5, atol=1e-8)
 
 

@@ -179,7 +179,7 @@ def test_differences_add_up(case):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = deep_lift(params_of(model), model, x, one, baseline=baseline, strict=True, **case.options)
-    total = torch.stack([t.flatten(1).sum(1) for t in pytree.tree_leaves(found) if isinstance(t, Tensor)]).sum(0)
+    total = torch.stack([t.flatten(1).sum(1) for t in pytree.tree_flatten(found)[0] if isinstance(t, Tensor)]).sum(0)
     twin = case.twin()
     expected = one(case.call(twin, x)) - one(case.call(twin, baseline))
     torch.testing.assert_close(total, expected.detach(), rtol=1e-9, atol=1e-9)
@@ -264,8 +264,8 @@ def test_captum_returns_the_same(case):
         for name, rule in (options.get("rules") or {}).items():
             chosen |= {(name, operation): RULES[rule] for operation in (F.linear, F.conv2d)}
         found = lrp(params_of(model), model, x, target, **where, rules=chosen)
-    found = [t for t in pytree.tree_leaves(found) if t is not None]
-    expected = pytree.tree_leaves(captum_cases.value(case["expected"]))
+    found = [t for t in pytree.tree_flatten(found)[0] if t is not None]
+    expected = pytree.tree_flatten(captum_cases.value(case["expected"]))[0]
     assert len(found) == len(expected)
     if case["name"] == "test_lrp_multi_inputs":  # what captum gives to each, ours shares between both
         torch.testing.assert_close(sum(found), expected[0].double())

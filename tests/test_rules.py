@@ -90,8 +90,7 @@ def test_all_targets_together(rule):
 
 def test_denominators_are_computed_once_for_all_targets():
     """As many convolutions run forward for three targets as for one."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+    FlopCounterMode = pytest.importorskip("torch.utils.flop_counter").FlopCounterMode  # newer than torch 2.0
     model, x = network("conv2d")
     params, counts = params_of(model), []
     for targets in (torch.arange(1), torch.arange(3)):

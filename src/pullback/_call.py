@@ -686,7 +686,7 @@ def score(output: Tensor, target: Target) -> Tensor:
     known = (index >= 0) & (index < output.shape[1])
     picked = output.gather(1, index.clamp(0, output.shape[1] - 1))
     # by a product, so that the derivative is NaN as well
-    return (picked * torch.where(known, 1.0, float("nan")).to(picked.dtype)).flatten(1).sum(1)
+    return (picked * torch.ones_like(picked).masked_fill(~known, float("nan"))).flatten(1).sum(1)
 
 
 def _checked_scores(scores: Tensor, output: Tensor, given: bool = True) -> Tensor:

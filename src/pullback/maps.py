@@ -129,6 +129,8 @@ def blurred(
     map: Tensor, sigma: Tensor, reach: int, padding: str = "replicate", value: float = 0.0, stride: int = 1
 ) -> Tensor:
     """Smooth as `smooth` does, by a `sigma` ``[]`` that may be differentiated, with weights up to `reach` pixels."""
+    dtype = map.dtype
+    map = map.to(torch.promote_types(dtype, torch.float32))  # on a CPU, torch 2.0 neither pads nor convolves halves
     steps = torch.arange(-reach, reach + 1, device=map.device, dtype=map.dtype)
     kernel = torch.exp(-(steps**2) / (2 * sigma.clamp(min=1e-3) ** 2))
     kernel = kernel / kernel.sum()
@@ -142,7 +144,7 @@ def blurred(
             lines = F.pad(lines, (reach, reach), mode=padding)
         lines = F.conv1d(lines, kernel.reshape(1, 1, -1), stride=stride)
         map = lines.reshape(*shape[:-1], lines.shape[-1]).movedim(-1, axis)
-    return map
+    return map.to(dtype)
 
 
 def token_grid(tokens: Tensor, x: Tensor) -> Tensor:

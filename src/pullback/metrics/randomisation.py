@@ -72,7 +72,7 @@ def _likeness(similarity: Similarity) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _flat(explanation: Any, axes: int) -> Tensor:
     """Lay all values of an explanation out behind its first `axes` axes."""
-    parts = [t.flatten(axes) for t in pytree.tree_leaves(explanation) if t is not None]
+    parts = [t.flatten(axes) for t in pytree.tree_flatten(explanation)[0] if t is not None]
     flat = torch.cat([part.unsqueeze(-1) if part.ndim == axes else part for part in parts], -1)
     return flat.to(wide(flat.dtype))
 

@@ -26,7 +26,7 @@ Method = Callable[..., Any]
 
 def _norm(tree: Any) -> Tensor:
     """Give the Euclidean norm of each example over all tensors, ``[batch]``."""
-    squares = [t.flatten(1).to(wide(t.dtype)).square().sum(1) for t in pytree.tree_leaves(tree) if t is not None]
+    squares = [t.flatten(1).to(wide(t.dtype)).square().sum(1) for t in pytree.tree_flatten(tree)[0] if t is not None]
     return torch.stack(squares).sum(0).sqrt()
 
 

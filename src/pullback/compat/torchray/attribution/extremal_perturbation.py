@@ -221,7 +221,7 @@ def extremal_perturbation(
         y = run(params, model, x.flip(-1) if jitter and iteration % 2 == 0 else x)
         rewards = reward_func(y, target, variant=variant).reshape(len(masks), -1).mean(1)
         if print_iter is not None and iteration % print_iter == 0:
-            print(f"[{iteration + 1:04d}/{max_iter:04d}] reward {still(rewards.detach()).tolist()}")
+            print(f"[{iteration + 1:04d}/{max_iter:04d}] reward {[one.item() for one in still(rewards.detach())]}")
         return rewards
 
     masks, history = optimised_masks(
