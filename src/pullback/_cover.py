@@ -7,19 +7,22 @@ before it is scored. Target and parameters are never looked at, so that a forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from pullback._batch import each, folded, repeated, unfolded
+from pullback._batch import chunks, each, folded, repeated, unfolded
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, activations_at, run, score
+from pullback._layout import ENLARGED, WORTH, constant, rows_together, tried
 from pullback._taps import Site
 from pullback._torch import compiling
 
 Cover: TypeAlias = Callable[[int, Tensor], Tensor]
 Squash: TypeAlias = "str | Callable[[Tensor], Tensor] | None"
+Together: TypeAlias = "int | Literal['auto'] | None"
 Progress: TypeAlias = "Callable[[int, int], object] | None"
 
 
@@ -78,6 +81,33 @@ class Scene:
     def covered(self) -> Tensor:
         """The one tensor of `x` that is covered."""
         return self.leaves.tensors[0]
+
+    def parts(self, count: int, size: Together, *, rows: int | None = None, times: int = 1) -> Iterator[range]:
+        """Cut what is to be run, `count` copies of the batch, or of so many `rows`, each so many `times`.
+
+        ``"auto"`` takes as many together as run fastest. Before many forwards weights are laid out for them.
+        """
+        if isinstance(size, str) and size != "auto":
+            raise ValueError(f"`chunk_size` must be a number, 'auto' or None, got {size!r}.")
+        rows = self.batch if rows is None else rows
+        largest = ENLARGED * self.dtype.itemsize * sum(math.prod(shape[1:]) for shape in self.shapes)
+        if count * rows * times >= WORTH:
+            largest = self._settled() or largest
+        return chunks(count, max(1, rows_together(largest, self.device) // max(1, rows)) if size == "auto" else size)
+
+    def _settled(self) -> int:
+        """Choose the layout of the weights, and give the bytes of a row's largest activation, where it is known."""
+        model = self.model
+        if not isinstance(model, nn.Module) or self.device.type != "cpu":
+            return 0
+        held = [
+            t for part in (self.params if isinstance(self.params, tuple) else (self.params,)) for t in part.values()
+        ]
+        if not constant(*held, *(t for _, t in self.leaves.items if t is not None)):
+            return 0
+        two = picked_inputs(self.x, torch.tensor([0, self.batch - 1]), self.batch)
+        self.params, largest = tried(self.params, model, lambda params: run(params, model, two, output=self.output))
+        return largest // 2
 
     def outputs(self, copies: int, cover: Cover) -> Tensor:
         """Run the model on covered copies: ``[(copy batch) *output]``."""

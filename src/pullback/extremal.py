@@ -11,9 +11,20 @@ from torch import Tensor
 
 from pullback import maps
 from pullback import masks as drawn
-from pullback._batch import chunks, unfolded
+from pullback._batch import unfolded
 from pullback._call import Inputs, Model, Params, Select, Target, cotangent, public, score
-from pullback._cover import Progress, Scene, Squash, axis_sizes, canvas_of, picked, picked_inputs, report, wide
+from pullback._cover import (
+    Progress,
+    Scene,
+    Squash,
+    Together,
+    axis_sizes,
+    canvas_of,
+    picked,
+    picked_inputs,
+    report,
+    wide,
+)
 from pullback._random import Seed, uniform
 from pullback._targets import readable
 
@@ -137,7 +148,7 @@ def extremal_perturbation(
     tokens: bool = False,
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     progress: Progress = None,
     return_info: bool = False,
 ) -> Any:
@@ -169,7 +180,7 @@ def extremal_perturbation(
         tolerance: Stop an example's mask when it moves less than this in 20 iterations; its result does not depend on
             the other examples.
         tokens: The tensor covered is ``[batch token channel]``.
-        chunk_size: Masks (areas times images) optimised together. All of them if omitted.
+        chunk_size: Masks (areas times images) optimised together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (iterations done, iterations in all).
         return_info: Return ``(masks, info)``; ``info["history"]``, ``[area batch 2 iteration]`` (or ``[batch 2
             iteration]``), holds reward and area's term.
@@ -205,12 +216,14 @@ def extremal_perturbation(
     judge = reward if callable(reward) else {"simple": score, "contrastive": _contrast}[reward]
     scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
     batch, total = scene.batch, len(fractions) * scene.batch
+    shows = 2 if variant == "dual" else 1
+    parts = scene.parts(total, chunk_size, rows=shows, times=2 * iterations)
 
     def run_rows(rows: range) -> tuple[Tensor, Tensor]:
         index = torch.tensor([row % batch for row in rows], device=scene.device)
         whole = len(rows) == batch
         part = Scene(
-            params,
+            scene.params,
             model,
             x if whole and rows.start % batch == 0 else picked_inputs(x, index, batch),
             target if whole and rows.start % batch == 0 else picked(target, index, batch),
@@ -226,7 +239,7 @@ def extremal_perturbation(
             return drawn.pyramid(canvas.lay(values), perturbation, levels=levels, max_blur=max_blur)
 
         shown = levels_of(part.covered) if at_input else None
-        targets = part.targets(2 if variant == "dual" else 1)
+        targets = part.targets(shows)
 
         def rewards(masks: Tensor, iteration: int) -> Tensor:
             covers = {"preserve": [masks], "delete": [1 - masks], "dual": [masks, 1 - masks]}[variant]
@@ -253,7 +266,7 @@ def extremal_perturbation(
             progress=lambda done: report(progress, rows.start * iterations + done * len(rows), total * iterations),
         )
 
-    found = [run_rows(rows) for rows in chunks(total, chunk_size)]
+    found = [run_rows(rows) for rows in parts]
     masks = torch.cat([masks for masks, _ in found]).to(scene.dtype)
     masks = masks if isinstance(areas, int | float) else masks.unflatten(0, (len(fractions), batch))
     if not return_info:
@@ -292,7 +305,7 @@ def meaningful_perturbation(
     tokens: bool = False,
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     progress: Progress = None,
     return_info: bool = False,
 ) -> Any:
@@ -316,7 +329,7 @@ def meaningful_perturbation(
         learning_rate: Of Adam.
         seed: Of the shifts: an integer, or an integer tensor ``[]``.
         tokens: What is covered is ``[batch token channel]``.
-        chunk_size: Images optimised together. All of them if omitted.
+        chunk_size: Images optimised together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (iterations done, iterations in all).
         return_info: Return ``(map, info)``; ``info["history"]``, ``[batch 3 iteration]``, holds the three terms.
 
@@ -339,13 +352,14 @@ def meaningful_perturbation(
         raise ValueError(f"`iterations` must be at least 1, got {iterations}.")
     where: dict[str, Any] = {"layer": layer, "at": at, "output": output, "strict": strict, "squash": squash}
     scene = Scene(params, model, x, target, **where)
+    parts = scene.parts(scene.batch, chunk_size, rows=1, times=2 * iterations)
 
     def run_rows(rows: range) -> tuple[Tensor, Tensor]:
         index = torch.arange(rows.start, rows.stop, device=scene.device)
         part = scene
         if len(rows) < scene.batch:
             examples = picked_inputs(x, index, scene.batch)
-            part = Scene(params, model, examples, picked(target, index, scene.batch), **where)
+            part = Scene(scene.params, model, examples, picked(target, index, scene.batch), **where)
         canvas = canvas_of(part, tokens)
         counts = axis_sizes("cells", cells, canvas.sizes, lambda n: n)
         grid = [min(count, n) for count, n in zip(counts, canvas.sizes, strict=True)]
@@ -380,7 +394,7 @@ def meaningful_perturbation(
             report(progress, rows.start * iterations + (t + 1) * len(rows), scene.batch * iterations)
         return 1 - maps.resize(mask, canvas.sizes), torch.stack(history, 2)
 
-    found = [run_rows(rows) for rows in chunks(scene.batch, chunk_size)]
+    found = [run_rows(rows) for rows in parts]
     map = torch.cat([map for map, _ in found]).to(scene.dtype)
     return (map, {"history": torch.cat([history for _, history in found])}) if return_info else map
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pullback import maps
 from pullback._batch import chunks
+from pullback._torch import compiling
 
 Cover: TypeAlias = "str | float | Tensor | Callable[[Tensor], Tensor] | None"
 
@@ -345,13 +346,13 @@ def _laid_out(
     for axis in range(axes):
         patches = patches if axis == 0 else patches.index_select(1 + axis, fold)
         patches = patches.unflatten(1 + axis, (taps, step))
-        if highest:
+        if highest or compiling():  # dynamo does not trace a function that has a derivative of its own in forward mode
             around = [0, 0] * (axes - 1 - axis)
             laid = [
-                F.pad(patch, (*around, tap, taps - 1 - tap), value=-math.inf)
+                F.pad(patch, (*around, tap, taps - 1 - tap), value=-math.inf if highest else 0.0)
                 for tap, patch in enumerate(patches.unbind(1 + axis))
             ]
-            patches = torch.stack(laid).amax(0)
+            patches = torch.stack(laid).amax(0) if highest else sum(laid[1:], laid[0])
         else:
             patches = _Overlapped.apply(patches, 1 + axis, axis - axes)
     # [mask *phase *block] -> [mask *(block phase)]

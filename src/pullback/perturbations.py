@@ -15,9 +15,8 @@ from torch import Tensor
 
 from pullback import maps
 from pullback import masks as drawn
-from pullback._batch import chunks
 from pullback._call import Inputs, Model, Params, Select, Target, public
-from pullback._cover import Progress, Scene, Squash, axis_sizes, canvas_of, report, wide
+from pullback._cover import Progress, Scene, Squash, Together, axis_sizes, canvas_of, report, wide
 from pullback._random import Seed, uniform
 
 Keep = Callable[[range], "list[Tensor]"]
@@ -46,7 +45,7 @@ def occlusion(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = 32,
+    chunk_size: Together = "auto",
     progress: Progress = None,
 ) -> Tensor:
     r"""Slide a window over the input, and note by how much the score falls where it covers.
@@ -62,7 +61,7 @@ def occlusion(
         stride: From place to place; half the window if omitted.
         baseline: What is shown in the window: see `pullback.masks.covering`. Zeros if omitted.
         tokens: What is covered is ``[batch token channel]``: the window slides over tokens.
-        chunk_size: Places evaluated together. `None` for all of them.
+        chunk_size: Places evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (places done, places in all).
 
     Returns:
@@ -98,7 +97,7 @@ def occlusion(
         whole = scene.scores(1, lambda _, values: values)
         found = []
         count = math.prod(places)
-        for part in chunks(count, chunk_size):
+        for part in scene.parts(count, chunk_size):
             index = torch.arange(part.start, part.stop, device=scene.device)
             covered = torch.ones([len(part), 1, 1], dtype=torch.bool, device=scene.device)
             covered = covered.reshape(len(part), *[1] * ((0 if everywhere else 1) + 1 + len(sizes)))
@@ -143,7 +142,7 @@ def rise(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = 32,
+    chunk_size: Together = "auto",
     progress: Progress = None,
 ) -> Tensor:
     r"""Show the model random parts of the input, and average the masks by the scores that they reach.
@@ -165,7 +164,7 @@ def rise(
         normalise: Divide by p, as the paper does and TorchRay does not.
         seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
         tokens: What is covered is ``[batch token channel]``.
-        chunk_size: Masks evaluated together. `None` for all of them.
+        chunk_size: Masks evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (masks done, masks in all).
 
     Returns:
@@ -192,7 +191,7 @@ def rise(
     cell = torch.tensor([math.ceil(n / c) for n, c in zip(canvas.sizes, cells, strict=True)], device=scene.device)
     dtype = wide(scene.dtype)
     total: Any = 0
-    for part in chunks(samples, chunk_size):
+    for part in scene.parts(samples, chunk_size):
         index = torch.arange(part.start, part.stop, device=scene.device)
         grids = (uniform(seed, index, cells, dtype) < p).to(dtype)
         shifts = (uniform(seed, index, (len(cells),), torch.float32, stream=1) * cell).long()
@@ -218,7 +217,7 @@ def _on_cells(
     cells: int | Sequence[int],
     baseline: drawn.Cover,
     draw: Callable[[int], tuple[int, Callable[[Tensor], Tensor]]],
-    chunk_size: int | None,
+    chunk_size: Together,
     progress: Progress,
 ) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
     """Score the input blended with its cover by masks on a grid: ``[mask batch]``.
@@ -231,7 +230,7 @@ def _on_cells(
     )
     count, masks_at = draw(math.prod(cells))
     found = []
-    for part in chunks(count, chunk_size):
+    for part in scene.parts(count, chunk_size):
         small = masks_at(torch.arange(part.start, part.stop, device=scene.device)).to(wide(scene.dtype))
         masks = _cell_maps(small, cells, canvas.sizes).unsqueeze(1)
 
@@ -261,7 +260,7 @@ def sobol_attribution(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = 32,
+    chunk_size: Together = "auto",
     progress: Progress = None,
 ) -> Tensor:
     r"""Ascribe the variance of the score under random masks to the cells of the mask, interactions included.
@@ -336,7 +335,7 @@ def hsic_attribution(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = 32,
+    chunk_size: Together = "auto",
     progress: Progress = None,
 ) -> Tensor:
     r"""Measure how far the score depends on whether a cell is shown, by the Hilbert-Schmidt independence criterion.
@@ -439,10 +438,10 @@ class _Features:
         """Lay coalitions ``[copy group]`` out over the tensors, ``[copy (1 or batch) *example]``."""
         return [coalitions[:, ids] for ids in self.ids]
 
-    def scores(self, count: int, keep: Keep, chunk_size: int | None, progress: Progress) -> Tensor:
+    def scores(self, count: int, keep: Keep, chunk_size: Together, progress: Progress) -> Tensor:
         """Score the input with all covered that `keep` does not keep: ``[copy batch]``."""
         found = []
-        for part in chunks(count, chunk_size):
+        for part in self.scene.parts(count, chunk_size):
             kept = keep(part)
 
             def cover(place: int, values: Tensor) -> Tensor:
@@ -475,7 +474,7 @@ def feature_ablation(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = 32,
+    chunk_size: Together = "auto",
     progress: Progress = None,
 ) -> Any:
     r"""Cover one feature at a time, and note by how much the score falls.
@@ -490,7 +489,7 @@ def feature_ablation(
             one group (a superpixel, a word) are covered together, also across tensors. Each number by itself if
             omitted.
         baseline: What is shown instead, with the structure of `x`: see `pullback.masks.covering`. Zeros if omitted.
-        chunk_size: Features evaluated together. `None` for all of them.
+        chunk_size: Features evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (features done, features in all).
 
     Returns:
@@ -531,7 +530,7 @@ def feature_permutation(
     seed: Seed = 0,
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = 32,
+    chunk_size: Together = "auto",
     progress: Progress = None,
 ) -> Any:
     r"""Replace one feature at a time by its values in other examples, and note by how much the score falls.
@@ -547,7 +546,7 @@ def feature_permutation(
         features: See `feature_ablation`.
         samples: Number of examples drawn from the background; each of them once if omitted.
         seed: Integer, or an integer tensor ``[]``.
-        chunk_size: Replacements evaluated together. `None` for all of them.
+        chunk_size: Replacements evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (replacements done, replacements in all).
 
     Returns:
@@ -581,7 +580,7 @@ def feature_permutation(
     total: Any = 0
     whole = scene.scores(1, lambda _, values: values).to(wide(scene.dtype))
     found = []
-    for part in chunks(count * groups.count, chunk_size):
+    for part in scene.parts(count * groups.count, chunk_size):
         place = torch.arange(part.start, part.stop, device=scene.device)
         group, row = place // count, rows[place % count]
 
@@ -609,7 +608,7 @@ def shapley_values(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = 32,
+    chunk_size: Together = "auto",
     progress: Progress = None,
 ) -> Any:
     r"""Give Shapley values exactly, by all coalitions of features.
@@ -621,7 +620,7 @@ def shapley_values(
 
     Args:
         params, model, x, target, features, baseline, layer, at, output, strict: See `feature_ablation`.
-        chunk_size: Coalitions evaluated together. `None` for all of them.
+        chunk_size: Coalitions evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (coalitions done, coalitions in all).
 
     Returns:
@@ -681,7 +680,7 @@ def shapley_sampling(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = 32,
+    chunk_size: Together = "auto",
     progress: Progress = None,
     return_info: bool = False,
 ) -> Any:
@@ -698,7 +697,7 @@ def shapley_sampling(
         samples: Number of orders.
         antithetic: Make every second order the reverse of the one before, which cancels much of the error.
         seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
-        chunk_size: Coalitions evaluated together. `None` for all of them.
+        chunk_size: Coalitions evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (coalitions done, coalitions in all).
         return_info: Return ``(attribution, info)``; ``info["error"]``, shaped like the attribution, is its standard
             error, estimated from the orders (or pairs of them).
@@ -768,7 +767,7 @@ def kernel_shap(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = 32,
+    chunk_size: Together = "auto",
     progress: Progress = None,
 ) -> Any:
     r"""Estimate Shapley values as the best additive model of the score over coalitions.
@@ -785,7 +784,7 @@ def kernel_shap(
         samples: Number of coalitions.
         coalitions: ``[sample feature]``, boolean, to be used instead: drawn by :math:`\pi`.
         seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
-        chunk_size: Coalitions evaluated together. `None` for all of them.
+        chunk_size: Coalitions evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (coalitions done, coalitions in all).
 
     Returns:
@@ -873,7 +872,7 @@ def lime(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: int | None = 32,
+    chunk_size: Together = "auto",
     progress: Progress = None,
     return_info: bool = False,
 ) -> Any:
@@ -892,7 +891,7 @@ def lime(
         ridge: Weight of the penalty :math:`\lambda`; 0 for least squares.
         coalitions: ``[sample feature]``, boolean, to be used instead of random ones.
         seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
-        chunk_size: Coalitions evaluated together. `None` for all of them.
+        chunk_size: Coalitions evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (coalitions done, coalitions in all).
         return_info: Return ``(attribution, info)``; ``info["intercept"]`` and ``info["fit"]``, the weighted share of
             variance explained, are ``[batch]``.
