@@ -14,7 +14,8 @@ from torch import nn
 
 import pullback
 from pullback import cli
-from pullback._networks import Problem
+from pullback._networks import Problem, load
+from pullback.cli import _asked
 
 skimage = pytest.importorskip("skimage")
 CAT = str(Path(skimage.data_dir) / "chelsea.png")
@@ -236,13 +237,13 @@ def test_version_and_help(capsys):
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "mobilenet_v3_small", "swin_t", "vit_b_32"])
 @pytest.mark.slow
 def test_the_last_spatial_layer_of_known_networks(name):
-    network = cli.load(f"torchvision:{name}", None, torch.device("cpu"))
+    network = load(f"torchvision:{name}", None, torch.device("cpu"))
     if name == "vit_b_32":  # untrained, its head is zero and so is every gradient
-        assert cli.last_spatial_layer({}, network.model, torch.randn(1, 3, 224, 224)) == "encoder"
+        assert _asked.last_spatial_layer({}, network.model, torch.randn(1, 3, 224, 224)) == "encoder"
         nn.init.normal_(network.model.heads.head.weight)
     probe = torch.randn(1, 3, 224, 224)
     params = pullback.params_of(network.model)
-    layer = cli.last_spatial_layer(params, network.model, probe)
+    layer = _asked.last_spatial_layer(params, network.model, probe)
     cam = pullback.linear_approx(params, network.model, probe, 0, layer=layer)
     assert (cam != 0).sum() > 1
     assert {
@@ -272,7 +273,7 @@ NAMES = [["tabby", "tabby cat"], ["crane"], ["lynx", "catamount"], ["crane"], ["
     ],
 )  # fmt: skip
 def test_targets(text, want):
-    assert cli.chosen_classes(text, NAMES, 6)(torch.arange(6) / 15) == want
+    assert _asked.chosen_classes(text, NAMES, 6)(torch.arange(6) / 15) == want
 
 
 @pytest.mark.parametrize(
@@ -286,26 +287,26 @@ def test_targets(text, want):
 )  # fmt: skip
 def test_bad_targets(text, message):
     with pytest.raises(Problem, match=message):
-        cli.chosen_classes(text, NAMES, 6)
+        _asked.chosen_classes(text, NAMES, 6)
 
 
 def test_classes_without_names():
     with pytest.raises(Problem, match=r"have no names; give an index, or --classes FILE"):
-        cli.chosen_classes("tabby", None, 6)
+        _asked.chosen_classes("tabby", None, 6)
 
 
 def test_options_go_to_the_methods_that_take_them():
-    chosen = cli.chosen_methods(
+    chosen = _asked.chosen_methods(
         "integrated-gradients, smooth_grad,gradient", ["steps=7", "smooth_grad.seed=3", "statistic=squared"], "auto"
     )
     assert list(chosen) == ["integrated_gradients", "smooth_grad", "gradient"]
     assert chosen["integrated_gradients"] == {"steps": 7, "chunk_size": 4}
     assert chosen["smooth_grad"] == {"seed": 3, "statistic": "squared", "chunk_size": 4}
-    assert cli.chosen_methods("smooth_grad", ["chunk_size=9"], "auto") == {"smooth_grad": {"chunk_size": 9}}
-    inner = cli.chosen_methods("smooth_grad", ["method=integrated_gradients", "steps=3"], "auto")["smooth_grad"]
+    assert _asked.chosen_methods("smooth_grad", ["chunk_size=9"], "auto") == {"smooth_grad": {"chunk_size": 9}}
+    inner = _asked.chosen_methods("smooth_grad", ["method=integrated_gradients", "steps=3"], "auto")["smooth_grad"]
     assert inner == {"method": pullback.integrated_gradients, "steps": 3, "chunk_size": 4}
-    assert cli.chosen_methods("grad_cam,gradient", [], "auto") == {"grad_cam": {"layer": "auto"}, "gradient": {}}
-    assert cli.chosen_methods("grad_cam", ["grad_cam.layer=a.b"], "auto") == {"grad_cam": {"layer": "a.b"}}
+    assert _asked.chosen_methods("grad_cam,gradient", [], "auto") == {"grad_cam": {"layer": "auto"}, "gradient": {}}
+    assert _asked.chosen_methods("grad_cam", ["grad_cam.layer=a.b"], "auto") == {"grad_cam": {"layer": "a.b"}}
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_options_go_to_the_methods_that_take_them():
 )
 def test_bad_methods_and_options(method, options, message):
     with pytest.raises(Problem, match=message):
-        cli.chosen_methods(method, options, "auto")
+        _asked.chosen_methods(method, options, "auto")
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -406,13 +407,13 @@ def test_nothing_half_written(capsys, folder, monkeypatch):
 def test_warnings_take_one_line(capsys, monkeypatch):
     import warnings
 
-    original = cli.predict
+    original = _asked.predict
 
     def warning(*arguments):
         warnings.warn("something\nto know", stacklevel=1)
         return original(*arguments)
 
-    monkeypatch.setattr(cli, "predict", warning)
+    monkeypatch.setattr(_asked, "predict", warning)
     code, _, err = run(capsys, "explain", "a.png", *TOY)
     assert code == 0
     assert set(err) == {"pullback: warning: something to know"}

@@ -166,6 +166,7 @@ def explain_dataset(
         "length": length,
         "ids": None if ids is None else digest(json.dumps(list(ids))),
         "about": described(about or {}),
+        "root": os.path.abspath(root) if isinstance(root := getattr(data, "root", None), str | os.PathLike) else None,
         **surroundings(device),
     }
     check_writable(path)

@@ -32,7 +32,7 @@ AXES = {
     4: ("channel", "depth", "height", "width"),
 }
 CHUNK = 64 * 2**20  # bytes of a chunk, about, that only many targets would exceed
-INFORMATION = ("versions", "device", "threads")  # of the metadata: told where they change, but not refused
+SURROUNDINGS = ("versions", "device", "threads")  # of the metadata: told where they change, but not refused
 
 
 def zarr() -> Any:
@@ -163,14 +163,14 @@ class Store:
         self.path = path
         self.group = _opened(path, "r+")
         held = dict(self.group.attrs)
-        wanted = {k: v for k, v in metadata.items() if k not in INFORMATION}
-        found = differences({k: v for k, v in held.items() if k not in INFORMATION}, wanted)
+        apart = (*SURROUNDINGS, "root")
+        found = differences(*({k: v for k, v in m.items() if k not in apart} for m in (held, metadata)))
         if found:
             raise ValueError(
                 f"`out` {str(path)!r} holds the results of another run: {'; '.join(found)}. Choose another place, or "
                 "delete it."
             )
-        changed = differences({k: held.get(k) for k in INFORMATION}, {k: metadata.get(k) for k in INFORMATION})
+        changed = differences(*({k: m.get(k) for k in SURROUNDINGS} for m in (held, metadata)))
         if changed:
             message = (
                 f"{str(path)!r} was begun elsewhere, so results may differ in the last bits: {'; '.join(changed)}."

@@ -1,0 +1,5 @@
+import sys
+
+from pullback.cli import main
+
+sys.exit(main())
