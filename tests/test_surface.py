@@ -12,6 +12,7 @@ Layer
 layers
 params_of
 over_targets
+compiled
 Rules
 grad_cam
 linear_approx

@@ -4,6 +4,7 @@ from pullback._call import PullbackWarning as PullbackWarning
 from pullback._call import activation as activation
 from pullback._call import layers as layers
 from pullback._call import params_of as params_of
+from pullback._compiled import compiled as compiled
 from pullback._taps import Layer as Layer
 from pullback._targets import over_targets as over_targets
 from pullback.attention import attention_relevance as attention_relevance
@@ -74,6 +75,7 @@ __all__ = [
     "layers",
     "params_of",
     "over_targets",
+    "compiled",
     "Rules",
     "grad_cam",
     "linear_approx",
