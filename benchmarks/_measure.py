@@ -218,8 +218,18 @@ def finish(
     print(f"\n{measured_on(about)}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"benchmark": name, "machine": about, "results": results, "text": text, "headlines": list(headlines)}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        record = {"benchmark": name, "machine": about, "headlines": list(headlines), "text": text}
+        head = json.dumps(record, indent=1).removesuffix("\n}")
+        lines = ",\n".join(f"  {json.dumps(case)}: {json.dumps(_rounded(found))}" for case, found in results.items())
+        options.json.write_text(f'{head},\n "results": {{\n{lines}\n }}\n}}\n')
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def measured_on(about: Mapping[str, Any]) -> str:

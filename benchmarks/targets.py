@@ -121,13 +121,17 @@ def measure(name: str, method: str, options: Any) -> tuple[list[list[str]], dict
         fit = {case: n for case, (_, n) in per_target.items() if "batches" not in case or n <= k}
         times |= {case: [t * k / n for t in taken[case]] for case, n in fit.items()}
         for case, t in times.items():
-            of_ours = "" if case in ("bound", "pullback") else with_spread(ratio(t, mine))
-            row = [name, method, str(k), case, milliseconds(t), with_spread(ratio(t, bound)), of_ours]
-            rows.append([*row, notes.get(case.split(",")[0], "")])
             key = f"{name}/{method}/{k}/{case}"
             results[key] = {"seconds": t, "of the bound": ratio(t, bound), "of pullback": ratio(t, mine)}
-        best = min((c for c in times if c.split(",")[0] in others), key=lambda c: quartiles(times[c])[1], default=None)
-        if best and k > 1 and (name, k) in HEADLINES.get(method, ()):
+        loop = fastest(times, [case for case in times if case.endswith(", loop")])
+        together = fastest(times, [case for case in times if case.endswith("one forward") or "batches" in case])
+        kept = [case for case in times if case.endswith("graph kept")]
+        row = [name, method, str(k), milliseconds(bound), milliseconds(mine), with_spread(ratio(mine, bound))]
+        for case in (loop, together, *kept):
+            row.append(f"{case} {with_spread(ratio(times[case], mine))}" if case else "")
+        rows.append([*row, *[""] * (9 - len(row)), "; ".join(f"{who} {note}" for who, note in notes.items())])
+        best = fastest(times, [case for case in (loop, together) if case])
+        if best and (name, k) in HEADLINES.get(method, ()):
             beside = f"{best}, {milliseconds(times[best])} ms"
             row = [f"{name}: `{method}`, {k} targets", f"{milliseconds(mine)} ms", beside]
             headlines.append([*row, with_spread(ratio(times[best], mine))])
@@ -139,8 +143,12 @@ HEADLINES = {
     "gradient": [("mlp", 10), ("resnet50", 64), ("vit_b_16", 64), ("lite0", 64), ("resnet18", 1000)],
     "guided_backprop": [("resnet50", 64), ("vgg16", 64)],
     "integrated_gradients": [("resnet50", 8)],
-    "grad_cam": [("resnet50", 64), ("resnet50", 1000)],
+    "grad_cam": [("resnet50", 1000)],
 }
+
+
+def fastest(times: dict[str, list[float]], cases: list[str]) -> str | None:
+    return min(cases, key=lambda case: quartiles(times[case])[1], default=None)
 
 
 def head_width(model: torch.nn.Module) -> int:
@@ -169,7 +177,8 @@ def main() -> None:
             rows += more_rows
             results |= more_results
             headlines += more_headlines
-    header = ("network", "method", "K", "case", "ms", "of the bound", "of pullback", "difference")
+    header = ("network", "method", "K", "bound, ms", "pullback, ms", "of the bound", "fastest loop, of pullback")
+    header += ("fastest together, of pullback", "autograd, of pullback", "difference")
     text = f"Batch 1, 224 px (a vector for `mlp`), {STEPS} steps of integrated gradients.\n\n{table(header, rows)}"
     if absent():
         text += f"\n\nNot installed: {', '.join(absent())}."
