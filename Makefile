@@ -1,5 +1,6 @@
 # make demo      explain a photograph with a real network; figure and maps under out/demo/
 # make gallery   every method on one photograph, in docs/gallery.jpg
+# make bench     measure everything beside other libraries, and write the tables (20 minutes)
 # make test      lint, types, tests, doctests and notebooks
 # make test-all  the slow tests too
 #
@@ -13,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo gallery test test-all check
+.PHONY: bench demo gallery test test-all check
 .DELETE_ON_ERROR:
 
 demo: .venv/demo-ready
@@ -22,6 +23,9 @@ demo: .venv/demo-ready
 
 gallery: .venv/demo-ready
 	$(BIN)/python benchmarks/gallery.py --out docs/gallery.jpg
+
+bench: .venv/bench-ready
+	$(BIN)/python -m benchmarks --record
 
 test: check
 	$(PYTEST)
@@ -48,4 +52,9 @@ check: .venv/test-ready
 
 .venv/test-ready: .venv/torch-ready pyproject.toml
 	$(PIP) --editable '.[test]'
+	touch $@
+
+.venv/bench-ready: .venv/test-ready
+	$(PIP) --editable '.[bench]'
+	$(PIP) --no-deps --no-build-isolation torchray
 	touch $@

@@ -178,11 +178,16 @@ def _status(field: str) -> int:
 
 def peak_in_process(case: str) -> int:
     """Run this script for one case in a fresh process, and read the peak that it prints last."""
+    return int(in_process(case)[-1])
+
+
+def in_process(case: str) -> list[float]:
+    """Run this script for one case in a fresh process, and read the numbers that it prints last."""
     command = [sys.executable, *sys.argv, "--case", case]
     # fixed thresholds keep the allocator from holding back what was freed
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    return int(done.stdout.split()[-1])
+    return [float(number) for number in done.stdout.splitlines()[-1].split()]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

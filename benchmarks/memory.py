@@ -1,7 +1,8 @@
 """Peak memory against the number of targets, the chunk and the image size, each in a fresh process.
 
 Counted from the state after loading network and input; the result, one map a target, is in it. The repeated batch is
-what other libraries offer for many targets at once: here captum's, where it is installed.
+what other libraries offer for many targets at once: here captum's, where it is installed. The time is that of this one
+run, the first of its process.
 
     python benchmarks/memory.py --network resnet50
 """
@@ -16,9 +17,11 @@ from _measure import (
     arguments,
     example,
     finish,
+    in_process,
     megabytes,
+    milliseconds,
     network,
-    peak_in_process,
+    once,
     peak_of,
     plain_gradient,
     table,
@@ -54,7 +57,9 @@ def main() -> None:
         way, method, _, chunk, _ = options.case.split("/")
         runner(warm, f"{way}/{method}/2/{chunk}/{side}", options.device)()
         model, _ = network(options.network, options.device)
-        print(peak_of(runner(model, options.case, options.device), options.device))
+        run, taken = runner(model, options.case, options.device), []
+        peak = peak_of(lambda: taken.append(once(run, options.device)), options.device)
+        print(*taken, peak)
         return
 
     def cases(method: str, counts: tuple[int, ...], chunks: tuple[str, ...], sizes: tuple[int, ...]) -> list[str]:
@@ -68,15 +73,17 @@ def main() -> None:
     chosen += cases("gradient", (1, 8), ("auto",), (size // 2, size * 2))
     if options.smoke:
         chosen = chosen[:3]
-    peaks = {case: peak_in_process(case) for case in chosen}
+    found_in = {case: in_process(case) for case in chosen}
+    peaks = {case: int(found_in[case][1]) for case in chosen}
     rows, results = [], {}
     for case, peak in peaks.items():
         way, method, count, chunk, side = case.split("/")
         one = peaks.get(f"{way}/{method}/1/{'auto' if chunk != '-' else chunk}/{side}", peak)
         of_one = f"{peak / one:.2f}" if one else ""
-        rows.append([way, method, side, count, chunk if way == "pullback" else "", megabytes(peak), of_one])
-        results[case] = {"bytes": peak, "of one target": peak / one if one else None}
-    header = ("library", "method", "px", "K", "chunk", "peak MB", "of its own for one target")
+        time, asked = found_in[case][0], chunk if way == "pullback" else ""
+        rows.append([way, method, side, count, asked, megabytes(peak), of_one, milliseconds([time])])
+        results[case] = {"bytes": peak, "of one target": peak / one if one else None, "seconds": time}
+    header = ("library", "method", "px", "K", "chunk", "peak MB", "of its own for one target", "ms, first run")
     headlines = []
     mine, theirs = (peaks.get(f"{way}/gradient/{many}/auto/{size}") for way in ("pullback", "captum, repeated batch"))
     if mine and theirs:
