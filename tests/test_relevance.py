@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import operator
 import warnings
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,54 @@ def test_differences_add_up(case):
     twin = case.twin()
     expected = one(case.call(twin, x)) - one(case.call(twin, baseline))
     torch.testing.assert_close(total, expected.detach(), rtol=1e-9, atol=1e-9)
+
+
+FUNCTIONS: dict[str, Any] = {
+    "2 / x": lambda x: 2 / x,
+    "2**x": lambda x: 2**x,
+    "x **= 2": lambda x: operator.ipow(x * 1, 2),
+    "a @ x": lambda x: x.T.__rmatmul__(x),
+    "log1p": torch.log1p,
+    "expit": torch.special.expit,
+    "special.softmax": lambda x: torch.special.softmax(x, -1),
+    "linalg.matmul": lambda x: torch.linalg.matmul(x, x.T),
+    "addmm": lambda x: torch.addmm(x[:, :2], x, x.T),
+    "outer": lambda x: torch.outer(x[0], x[1]),
+    "max_pool1d": lambda x: torch.max_pool1d(x, 2, 1, 1),
+    "max_pool1d and places": lambda x: F.max_pool1d(x, 2, 1, 1, return_indices=True)[0],
+    "adaptive_max_pool1d": lambda x: torch.adaptive_max_pool1d(x, 3)[0],
+    "max_pool2d": lambda x: torch.max_pool2d(x[None], 2, 1)[0],
+}
+TOLD: dict[str, Any] = {
+    "x**x": lambda x: x**x,
+    "logsumexp": lambda x: x.logsumexp(1, keepdim=True) + x,
+    "norm": lambda x: x / x.norm(dim=1, keepdim=True),
+    "addcmul": lambda x: torch.addcmul(x, x, x),
+    "sort": lambda x: x.sort(1)[0],
+    "tensordot": lambda x: torch.tensordot(x, x.T, 1),
+}
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *TOLD])
+def test_spellings_of_functions(name):
+    """Each adds up, or is told by name; none is passed over in silence."""
+    function = FUNCTIONS.get(name) or TOLD[name]
+    x, b = torch.rand(2, 2, 4, dtype=torch.float64) + 0.2
+    total = lambda y: y.flatten(1).sum(1)  # noqa: E731
+    if name in TOLD:
+        with pytest.raises(ValueError, match="DeepLIFT's rules do not cover `"):
+            deep_lift({}, lambda p, x: function(x), x, total, baseline=b, strict=True)
+        return
+    found = deep_lift({}, lambda p, x: function(x), x, total, baseline=b, strict=True)
+    torch.testing.assert_close(found.sum(), function(x).sum() - function(b).sum())
+
+
+@pytest.mark.parametrize("name", ["log1p", "sinh", "erfc", "sin", "expit", "special.expm1"])
+def test_functions_pass_relevance_on(name):
+    function = {"expit": torch.special.expit, "special.expm1": torch.special.expm1}.get(name) or getattr(torch, name)
+    x = torch.rand(2, 3, dtype=torch.float64)
+    found = lrp({}, lambda p, x: function(x), x, 1, strict=True)
+    torch.testing.assert_close(found.sum(1), function(x)[:, 1])
 
 
 def test_rescale_by_hand():

@@ -8,6 +8,7 @@
 - `dropout` with ``training=True`` hard-coded: an explanation of a random function is not a function. Left out and told.
 - `weight_norm`: the fused kernel has neither a batching rule nor forward mode; `clamp_` has no batching rule.
 - `embedding` with ``max_norm``: torch rescales the weight in place.
+- `2 / x`, `2**x`, `x **= 2`, `a @ x` by reflection: Python functions that would hide what they are made of.
 - recurrent layers on CUDA: cuDNN refuses a backward in eval mode and has no second derivative.
 
 A form is called as ``form(mode, func, *args, **kwargs)``; it runs outside the mode; ``with mode.within():`` goes back.
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pullback._torch import compiling, is_functorch_wrapped_tensor
 
@@ -45,6 +47,16 @@ def _normalised(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bia
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
+def _is_constant(*tensors: Tensor | None) -> bool:
+    """Say whether nothing is derived from a result of these: torch's own form is then right, and the fastest."""
+    if compiling() or forward_ad._current_level >= 0:
+        return False
+    tensors = tuple(t for t in tensors if t is not None)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return all(t.dtype == tensors[0].dtype and not is_functorch_wrapped_tensor(t) for t in tensors)
+
+
 def _batch_norm(
     mode: Any,
     func: Form,
@@ -62,6 +74,8 @@ def _batch_norm(
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         mean, var = wide.mean(dims, keepdim=True), wide.var(dims, unbiased=False, keepdim=True)
     else:
+        if func is F.batch_norm and _is_constant(input, running_mean, running_var, weight, bias):
+            return func(input, running_mean, running_var, weight, bias, False, momentum, eps)
         wide_dtype = torch.promote_types(running_mean.dtype, torch.float32)
         mean, var = running_mean.to(wide_dtype), running_var.to(wide_dtype)
         return _normalised(input, mean, var, weight, bias, eps)
@@ -317,6 +331,25 @@ def _written(pure: Form) -> Form:
     return form
 
 
+def _reflected(function: Form) -> Form:
+    """Swap the arguments of an operator that Python asks of its right operand."""
+
+    def form(mode: Any, func: Form, input: Tensor, other: Any) -> Tensor:
+        with mode.within():
+            return function(other, input)
+
+    return form
+
+
+def _quotient(other: Any, input: Tensor) -> Tensor:
+    return torch.reciprocal(input) * other
+
+
+def _power(mode: Any, func: Form, input: Tensor, other: Any) -> Tensor:
+    with mode.within():
+        return input.pow_(other)
+
+
 def _forms() -> dict[Form, Form]:
     forms: dict[Form, Form] = {
         F.batch_norm: _batch_norm,
@@ -327,6 +360,10 @@ def _forms() -> dict[Form, Form]:
         F.multi_head_attention_forward: _multi_head_attention,
         F.embedding: _embedding,
         torch._weight_norm: _weight_norm,
+        Tensor.__rdiv__: _reflected(_quotient),
+        Tensor.__rpow__: _reflected(torch.pow),
+        Tensor.__rmatmul__: _reflected(torch.matmul),
+        Tensor.__ipow__: _power,
     }
     for name in ("clamp", "clip"):
         for home in (torch, Tensor):

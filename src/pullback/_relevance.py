@@ -182,6 +182,7 @@ class LinearMap(NamedTuple):
 CONVOLUTIONS = tuple(operation_of(getattr(F, f"conv{n}d")) for n in (1, 2, 3))
 TRANSPOSED = tuple(operation_of(getattr(F, f"conv_transpose{n}d")) for n in (1, 2, 3))
 PRODUCTS = tuple(operation_of(op) for op in (torch.matmul, torch.mm, torch.bmm, torch.einsum))
+BILINEAR = tuple(operation_of(op) for op in (torch.mul, torch.mv, torch.dot, torch.inner, torch.outer, torch.kron))
 SUMMED_PRODUCTS = tuple(operation_of(op) for op in (torch.addmm, torch.baddbmm))
 LINEAR = (operation_of(F.linear), *CONVOLUTIONS, *TRANSPOSED)
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.func import vjp
 
 from pullback import _native
-from pullback._ops import ACTIVATIONS, Operation, Rule, Table, operation_of
-from pullback._relevance import PRODUCTS, arguments, still
+from pullback._ops import ACTIVATIONS, FUNCTIONS, Operation, Rule, Table, operation_of
+from pullback._relevance import BILINEAR, PRODUCTS, SUMMED_PRODUCTS, arguments, still
 
 Tape = list[tuple[Operation, tuple[Any, ...], dict[str, Any]]]
 Paired = Callable[..., Any]
@@ -34,7 +34,7 @@ _KINKED = frozenset(
 
 ELEMENTWISE = tuple(
     operation_of(getattr(torch if hasattr(torch, name) else F, name))
-    for name in [*ACTIVATIONS, *"exp log sqrt rsqrt square abs clamp clamp_min clamp_max erf sin cos".split()]
+    for name in [*ACTIVATIONS, *FUNCTIONS, *"clamp clamp_min clamp_max".split()]
     if name != "glu"
 )
 
@@ -65,9 +65,11 @@ def _elementwise(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, .
 
 
 def _power(operation: Operation, x: Any, exponent: Any, *, pair: tuple[Any, ...]) -> Tensor:
-    if not isinstance(x, Tensor) or isinstance(exponent, Tensor):
-        return NotImplemented
-    return secant(lambda v: operation(v, exponent), x, pair[0])
+    if not isinstance(exponent, Tensor):
+        return secant(lambda v: operation(v, exponent), x, pair[0])
+    if not isinstance(x, Tensor):
+        return secant(lambda v: operation(x, v), exponent, pair[1])
+    return NotImplemented
 
 
 def _product(operation: Operation, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Any:
@@ -80,6 +82,10 @@ def _product(operation: Operation, *args: Any, pair: tuple[Any, ...], **kwargs: 
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.is_floating_point() or not y.is_floating_point():
         return operation(*args)
     return product(lambda u, v: operation(*before, u, v), x, y, b, c)
+
+
+def _summed(operation: Operation, bias: Tensor, *factors: Any, pair: tuple[Any, ...], **kwargs: Any) -> Any:
+    return NotImplemented if kwargs else bias + _product(torch.matmul, *factors, pair=pair[1:])
 
 
 def _quotient(operation: Operation, x: Any, y: Any, *, pair: tuple[Any, ...], **kwargs: Any) -> Any:
@@ -212,9 +218,18 @@ def _max_pool(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...]
     return _largest(x, pair[0], lambda v: operation(v, *args, return_indices=True, **kwargs), spatial)
 
 
+def _max_pool_and_places(
+    operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    spatial = next(int(c) for c in operation.__name__ if c.isdigit())
+    y = _largest(x, pair[0], lambda v: operation(v, *args, **kwargs), spatial)
+    return y, operation(still(x), *args, **kwargs)[1]
+
+
 def _rules() -> dict[Operation, Paired]:
     rules: dict[Operation, Paired] = dict.fromkeys(ELEMENTWISE, _elementwise)
-    rules |= dict.fromkeys((*PRODUCTS, torch.mul), _product)
+    rules |= dict.fromkeys((*PRODUCTS, *BILINEAR), _product)
+    rules |= dict.fromkeys(SUMMED_PRODUCTS, _summed)
     rules |= {torch.pow: _power, torch.div: _quotient, torch.softmax: _softmax, torch.log_softmax: _softmax}
     rules |= {torch.layer_norm: _layer_norm, torch.group_norm: _group_norm, F.instance_norm: _instance_norm}
     rules |= {F.glu: _gated, torch.maximum: _larger, torch.minimum: _larger}
@@ -222,13 +237,19 @@ def _rules() -> dict[Operation, Paired]:
         rules[torch.rms_norm] = _layer_norm
     for kind in ("", "adaptive_"):
         rules |= {getattr(F, f"{kind}max_pool{n}d"): _max_pool for n in (1, 2, 3)}
+        rules |= {getattr(F, f"{kind}max_pool{n}d_with_indices"): _max_pool_and_places for n in (1, 2, 3)}
+    rules[torch.adaptive_max_pool1d] = _max_pool_and_places
     return {operation_of(operation): rule for operation, rule in rules.items()}
 
 
 RULES = _rules()
 _TOLD = (
     *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.prod, torch.var, torch.std, torch.max, torch.min),
-    *(torch.amax, torch.amin, F.bilinear, F.normalize, F.local_response_norm, F.lp_pool1d, F.lp_pool2d),
+    *(torch.amax, torch.amin, F.bilinear, F.normalize, F.local_response_norm, F.lp_pool1d, F.lp_pool2d, F.softmin),
+    *(torch.cumprod, torch.tensordot, torch.addmv, torch.addbmm, torch.addcmul, torch.addcdiv, torch.lerp, torch.norm),
+    *(torch.logsumexp, torch.logcumsumexp, torch.logaddexp, torch.atan2, torch.hypot, torch.xlogy, torch.cdist),
+    *(torch.linalg.vector_norm, F.cosine_similarity, F.pairwise_distance, torch.sort, torch.topk, torch.median),
+    *(torch.cummax, torch.quantile, torch.linalg.multi_dot, *RULES),  # uses that a rule does not cover
 )
 
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from pullback import _native, relu
 from pullback._levels import own_elsewhere
-from pullback._ops import ACTIVATIONS, Operation, Rule, Table, activations, operation_of
+from pullback._ops import ACTIVATIONS, FUNCTIONS, Operation, Rule, Table, activations, operation_of
 from pullback._relevance import (
+    BILINEAR,
     CONVOLUTIONS,
     LINEAR,
     PRODUCTS,
@@ -36,6 +37,7 @@ from pullback._relevance import (
     Remembering,
     Share,
     arguments,
+    is_constant,
     maps_met,
     mark_constant,
     nonzero,
@@ -204,6 +206,17 @@ def quotient() -> Rule:
     return rule
 
 
+def power() -> Rule:
+    """Give the rule for `pow` that hands relevance on to the base, or to the exponent of a constant."""
+
+    def rule(operation: Operation, input: Any, exponent: Any, *, memo: dict[str, Any], **kwargs: Any) -> Any:
+        if is_constant(input, memo):
+            return passing()(lambda e: operation(input, e, **kwargs), exponent)
+        return passing()(operation, input, exponent, **kwargs) if is_constant(exponent, memo) else NotImplemented
+
+    return Remembering(rule)
+
+
 # -- relevance: linear maps with parameters
 
 
@@ -248,7 +261,8 @@ def excitation(plain: bool = False) -> LinearRule:
 def contrasted() -> LinearRule:
     r"""Give the rule of a classifier in contrastive excitation backprop: less what its negated weights excite.
 
-    .. math:: R_i = x_i \sum_j \Big( \frac{w_{ji}^+}{\sum_k w_{jk}^+ x_k} - \frac{w_{ji}^-}{\sum_k w_{jk}^- x_k} \Big) R_j
+    .. math::
+        R_i = x_i \sum_j \Big( \frac{w_{ji}^+}{\sum_k w_{jk}^+ x_k} - \frac{w_{ji}^-}{\sum_k w_{jk}^- x_k} \Big) R_j
 
     Reference:
         Zhang, Lin, Brandt, Shen & Sclaroff, Top-down Neural Attention by Excitation Backprop, 2016, sec. 3.3.
@@ -494,8 +508,8 @@ def _scaled_weight(map: LinearMap, scale: Tensor) -> Tensor:
 
 _ELEMENTWISE = tuple(
     operation_of(getattr(torch if hasattr(torch, name) else F, name))
-    for name in [*ACTIVATIONS, *"clamp clamp_min clamp_max abs exp log sqrt square pow normalize".split()]
-    if name != "glu"
+    for name in [*ACTIVATIONS, *FUNCTIONS, *"clamp clamp_min clamp_max normalize".split()]
+    if name not in ("glu", "rsqrt", "reciprocal")
 )
 _NORMS = tuple(
     operation_of(getattr(F, name))
@@ -504,11 +518,27 @@ _NORMS = tuple(
 )
 _POOLING = tuple(operation_of(getattr(F, f"{kind}avg_pool{n}d")) for kind in ("", "adaptive_") for n in (1, 2, 3))
 _OTHERS = (
-    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.softmax, torch.log_softmax, torch.rsqrt, torch.var),
-    *(torch.std, torch.prod, F.glu, F.bilinear, F.batch_norm, F.local_response_norm, F.lp_pool1d, F.lp_pool2d),
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.softmax, torch.log_softmax, F.softmin, torch.pow),
+    *(torch.prod, torch.cumprod, torch.tensordot, torch.addmv, torch.addbmm, torch.addcmul, torch.addcdiv, torch.lerp),
+    *(
+        torch.logsumexp,
+        torch.logcumsumexp,
+        torch.logaddexp,
+        torch.atan2,
+        torch.xlogy,
+        torch.cdist,
+        torch.linalg.multi_dot,
+    ),
+    *(F.cosine_similarity, F.glu, F.bilinear, F.batch_norm, F.local_response_norm, F.lp_pool1d, F.lp_pool2d),
 )
+_SCALES = (torch.rsqrt, torch.reciprocal, torch.var, torch.std)
 # what is not piecewise linear, or has parameters: told where a table of relevance rules does not cover it
-_TOLD = frozenset(map(operation_of, (*_ELEMENTWISE, *_NORMS, *_OTHERS, *PRODUCTS, *LINEAR, torch.mul, torch.div)))
+_TOLD = frozenset(
+    map(
+        operation_of,
+        (*_ELEMENTWISE, *_NORMS, *_OTHERS, *_SCALES, *PRODUCTS, *SUMMED_PRODUCTS, *BILINEAR, *LINEAR, torch.div),
+    )
+)
 _TOLD -= {operation_of(torch.relu), operation_of(torch.abs)}
 
 
@@ -538,12 +568,13 @@ def composed(linear: Rule, convolution: Rule | None = None, *, zeros: bool = Fal
     table |= dict.fromkeys(_NORMS, detached_statistics())
     table |= dict.fromkeys((*PRODUCTS, *SUMMED_PRODUCTS, F.linear), linear)
     table |= dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), convolution or linear)
-    table |= dict.fromkeys((torch.rsqrt, torch.var, torch.std), constant())
+    table |= dict.fromkeys(_SCALES, constant())
+    table |= dict.fromkeys(BILINEAR, product())
     table |= {
+        torch.pow: power(),
         F.batch_norm: merged(),
         F.instance_norm: merged(),
         F.glu: gated(),
-        torch.mul: product(),
         torch.div: quotient(),
     }
     table |= {torch.softmax: derivative()}
@@ -557,8 +588,9 @@ def excitation_table() -> dict[Any, Rule]:
     """Give the table of excitation backprop: norms and activations pass on, attention weights are constants."""
     table: dict[Any, Rule] = dict.fromkeys((*_ELEMENTWISE, *_NORMS, F.batch_norm), passing())
     table |= dict.fromkeys((*LINEAR, *SUMMED_PRODUCTS, *PRODUCTS), excitation())
-    table |= dict.fromkeys((torch.rsqrt, torch.var, torch.std, torch.softmax), constant())
-    return table | {torch.mul: product(), torch.div: quotient(), F.glu: gated()}
+    table |= dict.fromkeys((*_SCALES, torch.softmax), constant())
+    table |= dict.fromkeys(BILINEAR, product())
+    return table | {torch.pow: power(), torch.div: quotient(), F.glu: gated()}
 
 
 def excitation_torchray() -> dict[Any, Rule]:
