@@ -50,6 +50,13 @@ def value(stored: Any, nodes: dict[str, Any] | None = None) -> Any:
     return {key: value(item, nodes) for key, item in stored.items()}
 
 
+def in_double(stored: Any) -> Any:
+    """The same JSON, for float64."""
+    if isinstance(stored, dict):
+        return {key: "float64" if (key, item) == ("d", "float32") else in_double(item) for key, item in stored.items()}
+    return [in_double(item) for item in stored] if isinstance(stored, list) else stored
+
+
 def model_of(stored: dict[str, Any]) -> nn.Module:
     """The network, in eval mode."""
     root = nn.Module()

@@ -90,7 +90,11 @@ class Scene:
         if isinstance(size, str) and size != "auto":
             raise ValueError(f"`chunk_size` must be a number, 'auto' or None, got {size!r}.")
         rows = self.batch if rows is None else rows
-        largest = ENLARGED * self.dtype.itemsize * sum(math.prod(shape[1:]) for shape in self.shapes)
+        largest = (
+            ENLARGED
+            * torch.empty((), dtype=self.dtype).element_size()
+            * sum(math.prod(shape[1:]) for shape in self.shapes)
+        )
         if count * rows * times >= WORTH:
             largest = self._settled() or largest
         return chunks(count, max(1, rows_together(largest, self.device) // max(1, rows)) if size == "auto" else size)
