@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -75,9 +76,7 @@ def optimised_masks(
     dtype, device = areas.dtype, areas.device
     grid = drawn.smooth_grid(size, step)
     start = torch.ones(rows, 1, *grid, dtype=dtype, device=device)
-    # at the start nearly all pixels are equal: they are ranked as the plain form rounds them, the same in any dtype
-    plain = drawn.plain_smooth_masks(start[:1].float(), size, step=step, sigma=sigma)
-    first = plain.clamp(0, 1).flatten().argsort()
+    first = _ranks_at_start(tuple(size), step, float(sigma)).to(device)
     pixels = len(first)
     # computed with the rounding of double precision, as a caller would count pixels
     zeros = (pixels * (1 - areas.double())).floor() if device.type != "mps" else (pixels * (1 - areas)).floor()
@@ -109,6 +108,16 @@ def optimised_masks(
             if readable(resting) and bool(resting.all()):
                 break
     return masks, torch.stack(history, 2)
+
+
+@lru_cache(maxsize=16)
+def _ranks_at_start(size: tuple[int, ...], step: int, sigma: float) -> Tensor:
+    """Order the pixels of the first mask by size.
+
+    Nearly all of them are equal: they are ranked as the plain form rounds them, the same in any dtype.
+    """
+    start = torch.ones(1, 1, *drawn.smooth_grid(size, step))
+    return drawn.plain_smooth_masks(start, size, step=step, sigma=sigma).clamp(0, 1).flatten().argsort()
 
 
 def _rows(flags: Tensor, like: Tensor) -> Tensor:

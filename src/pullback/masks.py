@@ -129,7 +129,7 @@ def grid_masks(grids: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _reach(step: int, sigma: float, axes: int) -> tuple[int, int, Tensor, Tensor, Tensor]:
+def _reach(step: int, sigma: float, axes: int) -> tuple[int, int, Tensor, Tensor, tuple[int, ...]]:
     """Give padding and radius in steps, the distinct weights of a parameter, and where they are.
 
     A parameter reaches ``(2 radius + 1) step`` pixels along each axis. Its weight at an offset depends on the distance
@@ -138,15 +138,14 @@ def _reach(step: int, sigma: float, axes: int) -> tuple[int, int, Tensor, Tensor
     """
     padding, radius = 1 + math.ceil(2 * sigma / step), 1 + math.ceil(sigma / step)
     # a pixel is seen as (step * block + phase); the parameter at the margin's start sits at pixel `sigma`
-    offset = torch.arange((2 * radius + 1) * step, dtype=torch.float64) + (padding - 2 * radius) * step - sigma
-    sizes, fold = torch.unique((offset.abs() * 4096).round() / 4096, return_inverse=True)
-    square = sum(
-        (
-            along.reshape([-1 if k == axis else 1 for k in range(axes)]) ** 2
-            for axis, along in enumerate([offset] + [sizes] * (axes - 1))
-        ),
-        torch.zeros([len(offset)] + [len(sizes)] * (axes - 1), dtype=torch.float64),
-    )
+    first = (padding - 2 * radius) * step - sigma
+    offset = [first + place for place in range((2 * radius + 1) * step)]
+    sizes = sorted({round(abs(o), 6) for o in offset})
+    fold = tuple(sizes.index(round(abs(o), 6)) for o in offset)
+    square = torch.zeros([len(offset)] + [len(sizes)] * (axes - 1), dtype=torch.float64)
+    for axis, along in enumerate([offset] + [sizes] * (axes - 1)):
+        distance = torch.tensor(along, dtype=torch.float64)
+        square = square + distance.reshape([-1 if k == axis else 1 for k in range(axes)]) ** 2
     squares, which = torch.unique((square * 4096).round() / 4096, return_inverse=True)
     weights = torch.exp(-2 * (squares.sqrt() / sigma - 0.5).clamp(min=0) ** 2)
     return padding, radius, weights, which.flatten(), fold
@@ -220,11 +219,13 @@ def smooth_masks(
         )
     padding, radius, weights, which, fold = _reach(step, float(sigma), len(grid))
     drawn = _whole_size(size, step, sigma)
-    which, fold = which.to(parameters.device), fold.to(parameters.device)
-    how = (grid, drawn, step, padding, radius, weights.to(parameters), which, fold, pooling, coldness)
+    how = (grid, drawn, step, padding, radius, weights.to(parameters), which.to(parameters.device), fold)
     # what a parameter adds to each pixel in its reach is laid out for a few masks at a time
     together = max(1, 2**23 // (len(which) * math.prod(grid)))
-    parts = [_drawn(parameters[k.start : k.stop].flatten(1), *how) for k in chunks(len(parameters), together)]
+    parts = [
+        _drawn(parameters[k.start : k.stop].flatten(1), *how, pooling, coldness)
+        for k in chunks(len(parameters), together)
+    ]
     whole = torch.cat(parts).unsqueeze(1)
     whole = whole.clamp(0, 1) if clamp else whole
     margin = round(sigma)
@@ -240,7 +241,7 @@ def _drawn(
     radius: int,
     weights: Tensor,
     which: Tensor,
-    fold: Tensor,
+    fold: tuple[int, ...],
     pooling: str,
     coldness: float,
 ) -> Tensor:
@@ -327,7 +328,7 @@ class _Overlapped(torch.autograd.Function):
 
 def _laid_out(
     patches: Tensor,
-    fold: Tensor,
+    fold: tuple[int, ...],
     grid: tuple[int, ...],
     whole: tuple[int, ...],
     step: int,
@@ -341,10 +342,11 @@ def _laid_out(
     first axis patches come folded: offsets of one size are one until their axis is summed.
     """
     axes = len(grid)
-    patches = patches.unflatten(1, [taps * step] + [-1] * (axes > 1) + [int(fold.max()) + 1] * (axes - 2))
+    patches = patches.unflatten(1, [taps * step] + [-1] * (axes > 1) + [max(fold) + 1] * (axes - 2))
     patches = patches.unflatten(-1, grid)
+    places = torch.tensor(fold, device=patches.device)
     for axis in range(axes):
-        patches = patches if axis == 0 else patches.index_select(1 + axis, fold)
+        patches = patches if axis == 0 else patches.index_select(1 + axis, places)
         patches = patches.unflatten(1 + axis, (taps, step))
         if highest or compiling():  # dynamo does not trace a function that has a derivative of its own in forward mode
             around = [0, 0] * (axes - 1 - axis)
