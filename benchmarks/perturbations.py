@@ -4,7 +4,7 @@ captum's, one perturbation at a time or as many together as ours.
 The same masks and the same iterations on either side, and values that agree, or the script stops.
 
     pip install --no-deps --no-build-isolation torchray  # its build imports torch
-    python benchmarks/perturbations.py --network lite0 --threads 2
+    python benchmarks/perturbations.py --network lite0 --threads 2 --family occlusion --memory 0  # a part of it
 """
 
 from __future__ import annotations
@@ -67,13 +67,6 @@ def extremal_cases(model: torch.nn.Module, x: Tensor, options: Any) -> dict[str,
         masks = extremal_perturbation(params, model, images, classes, areas=AREAS, iterations=options.iterations, **how)
         return masks.unflatten(1, (len(targets), len(x))).movedim(1, 0)
 
-    def ours_in_chunks() -> Tensor:
-        images, classes = x.repeat(len(targets), 1, 1, 1), targets.repeat_interleave(len(x))
-        masks = extremal_perturbation(
-            params, model, images, classes, areas=AREAS, iterations=options.iterations, chunk_size=4, **how
-        )
-        return masks.unflatten(1, (len(targets), len(x))).movedim(1, 0)
-
     def torchray() -> Tensor:
         rows = [
             peer.extremal_perturbation(model, one[None], int(t), areas=AREAS, max_iter=options.iterations, **how)[0]
@@ -82,7 +75,7 @@ def extremal_cases(model: torch.nn.Module, x: Tensor, options: Any) -> dict[str,
         ]
         return torch.stack(rows).unflatten(0, (len(targets), len(x))).movedim(1, 2)
 
-    cases = {"pullback": ours_as_rows, "pullback, over_targets": ours, "pullback, chunk_size=4": ours_in_chunks}
+    cases = {"pullback": ours_as_rows, "pullback, over_targets": ours}
     return {**cases, **({"TorchRay": torchray} if peer else {})}
 
 
@@ -109,7 +102,7 @@ def occlusion_cases(model: torch.nn.Module, x: Tensor, options: Any) -> dict[str
     peer = found("captum.attr")
 
     def ours() -> Tensor:
-        return occlusion(params, model, x[:1], 0, window=window, stride=stride, chunk_size=16)
+        return occlusion(params, model, x[:1], 0, window=window, stride=stride)
 
     def captum(together: int) -> Tensor:
         shape, strides = (x.shape[1], window, window), (1, stride, stride)
@@ -126,7 +119,7 @@ def ablation_cases(model: torch.nn.Module, x: Tensor, options: Any) -> dict[str,
     peer = found("captum.attr")
 
     def ours() -> Tensor:
-        return feature_ablation(params, model, x[:1], 0, features=features, chunk_size=16)
+        return feature_ablation(params, model, x[:1], 0, features=features)
 
     def captum(together: int) -> Tensor:
         method, ids = peer.FeatureAblation(model), features[None]
@@ -145,7 +138,7 @@ FAMILIES = {
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", network="lite0", iterations=10, samples=256)
+    options = arguments(__doc__ or "", network="lite0", iterations=10, samples=256, family="", memory=1)
     if options.smoke:
         options.network, options.iterations, options.samples = "tiny", 2, 8
     model, side = network(options.network, options.device)
@@ -159,6 +152,8 @@ def main() -> None:
         return
     rows, results = [], {}
     for family, (make, tolerance) in FAMILIES.items():
+        if options.family not in family:
+            continue
         cases = make(model, x, options)
         values = {name: run() for name, run in cases.items()}
         for name, value in values.items():
@@ -168,7 +163,7 @@ def main() -> None:
         taken = seconds(cases, options.rounds, options.device)
         for name, times in taken.items():
             speed = ratio(times, taken["pullback"])
-            peak = 0 if options.smoke else peak_in_process(f"{family}/{name}")
+            peak = 0 if options.smoke or not options.memory else peak_in_process(f"{family}/{name}")
             rows.append([family, name, milliseconds(times), with_spread(speed), megabytes(peak)])
             results[f"{family}/{name}"] = {"seconds": times, "ratio": speed, "peak": peak}
     text = table(["method", "library", "ms", "times ours (quartiles)", "peak MB"], rows)
