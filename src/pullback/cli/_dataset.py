@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -100,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     methods = chosen_methods(arguments.method, arguments.option, arguments.layer, points)
     rank = int(os.environ.get("RANK", 0))
     if rank:
-        warnings_of_rank_0()
+        warnings.simplefilter("ignore")  # one process says what there is to warn of
     device, network, probe = set_up(arguments)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -114,7 +116,10 @@ def run(arguments: argparse.Namespace) -> int:
     elif not re.fullmatch("top[1-9][0-9]*", targets):
         targets = chosen_classes(targets, names, classes)(torch.zeros(classes))
     settle_layers(methods, params, network.model, probe)
-    reduce = arguments.reduce
+    reduce: dict[str, Any] = {
+        "auto": {name: "peak" if name in PEAK_OVER_CHANNELS else "sum" for name in methods},
+        "none": None,
+    }
     with as_problem():
         store = explain_dataset(
             {name: partial(public_methods()[name], **options) for name, options in methods.items()},
@@ -125,12 +130,15 @@ def run(arguments: argparse.Namespace) -> int:
             out=arguments.out,
             batch_size=arguments.batch_size,
             chunk_size=arguments.chunk_size or "auto",
-            reduce={n: ("peak" if n in PEAK_OVER_CHANNELS else "sum") if reduce == "auto" else reduce for n in methods}
-            if reduce != "none"
-            else None,
+            reduce=reduce.get(arguments.reduce, arguments.reduce),
             dtype=arguments.dtype,
             about={
-                "network": {"model": arguments.model, "weights": arguments.weights, "classes": arguments.classes},
+                "network": {
+                    "model": arguments.model,
+                    "weights": arguments.weights,
+                    "names": arguments.classes,
+                    "classes": classes,
+                },
                 "preprocessing": asdict(network.preprocessing),
             },
             device=device,
@@ -153,13 +161,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 2 if len(failed) else 0
 
 
-def warnings_of_rank_0() -> None:
-    """One process of several says what there is to warn of."""
-    import warnings
-
-    warnings.simplefilter("ignore")
-
-
 # -- what is in a store ------------------------------------------------------------------------------------------------
 
 
@@ -174,12 +175,11 @@ class Made:
             self.store = open_store(path)
         self.about = dict(self.store.attrs["about"])
         if "preprocessing" not in self.about:
-            raise Problem(
-                f"{path!r} was made from Python: `pullback run` makes those that can be shown and judged here"
-            )
-        self.preprocessing = Preprocessing(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in self.about["preprocessing"].items()}
-        )
+            raise Problem(f"{path!r} was made from Python; `pullback run` makes those that are shown and judged here")
+        kept: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in self.about["preprocessing"].items()
+        }
+        self.preprocessing = Preprocessing(**kept)
         self.folder = Path(folder or self.store.attrs["root"])
         self.ids = [str(id) for id in self.store["ids"][:]]
         self.status = self.store["status"][:]
@@ -192,21 +192,13 @@ class Made:
             return torch.from_numpy(np.array(read_store(self.store, name, examples)))
 
     def names(self) -> list[list[str]] | None:
-        """Names of the classes; a file of them, or ImageNet's where no class is beyond them."""
-        file = self.about["network"]["classes"]
-        if file is None:
-            return class_names(None, 1000) if self.about["network"]["model"] == "efficientnet-lite0" else None
-        return class_names(
-            file, len(Path(file).read_text(encoding="utf-8").splitlines()) if Path(file).is_file() else 0
-        )
+        return class_names(self.about["network"]["names"], self.about["network"]["classes"])
 
     def chosen(self, asked: str | None) -> list[str]:
         wanted = self.methods if asked is None else [n.strip().replace("-", "_") for n in asked.split(",") if n.strip()]
         for name in wanted:
             if name not in self.methods:
-                raise Problem(
-                    unknown("method of the store", name, self.methods) + f"; it has {', '.join(self.methods)}"
-                )
+                raise Problem(unknown("method", name, self.methods) + f"; the store has {', '.join(self.methods)}")
         return wanted
 
     def pixels(self, id: str, preprocessing: Preprocessing | None = None) -> np.ndarray:
@@ -288,10 +280,8 @@ def metrics(arguments: argparse.Namespace) -> int:
                     chosen = targets[:, k].tolist()
                     rows += [(i, t, method, metric, v) for i, t, v in zip(ids, chosen, values, strict=True)]
     if arguments.out:
-        with (
-            told_as(f"cannot write to {arguments.out!r}"),
-            open(arguments.out, "w", newline="", encoding="utf-8") as file,
-        ):
+        out = Path(arguments.out)
+        with told_as(f"cannot write to {arguments.out!r}"), out.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("id", "target", "method", "metric", "value"), *rows])
     print_table(found, methods, wanted)
     return 0
@@ -301,9 +291,8 @@ def chosen_metrics(text: str | None, masks: str | None) -> list[str]:
     """Those that can judge what is stored: maps and attributions, but not methods."""
     able = [name for name, metric in METRICS.items() if metric.judges != "method"]
     if text is None:
-        return [
-            n for n in able if not METRICS[n].model and METRICS[n].judges == "map" and (masks or not METRICS[n].masks)
-        ]
+        of_maps = [name for name in able if METRICS[name].judges == "map" and not METRICS[name].model]
+        return [name for name in of_maps if masks or not METRICS[name].masks]
     wanted = list(dict.fromkeys(name.strip().replace("-", "_") for name in text.split(",") if name.strip()))
     for name in wanted:
         if name not in able:
@@ -316,8 +305,6 @@ def chosen_metrics(text: str | None, masks: str | None) -> list[str]:
 
 
 def metric_options(wanted: Sequence[str], settings: Sequence[str], batch: int) -> dict[str, dict[str, Any]]:
-    import inspect
-
     options: dict[str, dict[str, Any]] = {name: {} for name in wanted}
     for name in wanted:
         accepted = inspect.signature(METRICS[name].function).parameters

@@ -310,8 +310,8 @@ def as_asked(
             )
         if not re.fullmatch(r"[\w.-]*\w", name) or name in RESERVED:
             raise ValueError(
-                "`method` must have names of letters, digits, `_`, `.` and `-`, other than those of axes and other arrays, "
-                f"{', '.join(sorted(RESERVED))}; got {name!r}."
+                "`method` must have names of letters, digits, `_`, `.` and `-`, other than those of axes and other "
+                f"arrays, {', '.join(sorted(RESERVED))}; got {name!r}."
             )
     if not methods:
         raise ValueError("`method` must name at least one method, got none.")

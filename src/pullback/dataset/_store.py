@@ -164,13 +164,15 @@ class Store:
         self.group = _opened(path, "r+")
         held = dict(self.group.attrs)
         apart = (*SURROUNDINGS, "root")
-        found = differences(*({k: v for k, v in m.items() if k not in apart} for m in (held, metadata)))
+        before, now = ({k: v for k, v in m.items() if k not in apart} for m in (held, metadata))
+        found = differences(before, now)
         if found:
             raise ValueError(
                 f"`out` {str(path)!r} holds the results of another run: {'; '.join(found)}. Choose another place, or "
                 "delete it."
             )
-        changed = differences(*({k: m.get(k) for k in SURROUNDINGS} for m in (held, metadata)))
+        before, now = ({k: m.get(k) for k in SURROUNDINGS} for m in (held, metadata))
+        changed = differences(before, now)
         if changed:
             message = (
                 f"{str(path)!r} was begun elsewhere, so results may differ in the last bits: {'; '.join(changed)}."
