@@ -1,6 +1,7 @@
 """What every test stands on: one thread, fixed seeds, and a torchvision that imports on any build of torch."""
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -13,6 +14,9 @@ import torch
 import pullback
 
 torch.set_num_threads(1)
+
+if find_spec("zarr") is None:  # it needs a later Python than this package does
+    collect_ignore = ["src/pullback/dataset/_run.py", "notebooks/7-a-whole-dataset.ipynb"]
 
 
 def _let_torchvision_import() -> None:
