@@ -102,7 +102,7 @@ def records() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def write_tables() -> None:
-    """Write RESULTS.md, and the rows that README shows, from what is kept."""
+    """Write RESULTS.md, the rows that README shows, and the figure of curves, from what is kept."""
     from _measure import measured_on, table
 
     text, summary = (
@@ -126,6 +126,10 @@ def write_tables() -> None:
     readme = ROOT / "README.md"
     between = re.compile(r"(?<=<!-- benchmarks -->\n).*?(?=\n<!-- /benchmarks -->)", re.DOTALL)
     readme.write_text(between.sub(lambda _: "\n".join(summary).strip(), readme.read_text()))
+    if all((RESULTS / "cpu" / f"{job}.json").exists() for job in ("targets-resnet50", "memory")):
+        from _curves import draw
+
+        draw(RESULTS / "cpu").savefig(ROOT / "docs" / "many-targets.png", dpi=100)
 
 
 def main() -> int:
