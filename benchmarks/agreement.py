@@ -3,15 +3,16 @@
     python benchmarks/agreement.py
 
 For each method and each library that is installed: the largest difference over the largest value, on a network of
-modules in sequence, in float64 where the library can. Rows with a remark differ by what the remark says; the others
-must stay below the tolerance, or the exit code is 1.
+modules in sequence, in float64 where the library can. A row with a remark differs by what the remark says, and the row
+after it shows that it does: ours, with that one thing changed, is theirs. Rows without a remark must stay below the
+tolerance, or the exit code is 1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import pullback
 from pullback import Layer, maps, params_of
 from pullback._networks import import_torchvision
+from pullback.paths import quadrature_of
 
 T = 1  # the class explained
 
@@ -82,10 +84,11 @@ def captum(smoke: bool) -> Iterator[Row]:
     }.items():
         theirs = attr.IntegratedGradients(model).attribute(x, target=T, n_steps=steps, method=method)
         ours = pullback.integrated_gradients(params, model, x, T, steps=steps, quadrature=rule)  # pyright: ignore[reportArgumentType]
-        remark = "captum's weights add up to (n - 1)/n" if rule == "trapezoid" else ""
+        remark = "captum's weights add up to (n - 1)/n" if rule == "trapezoid" else "captum's numbers are float32"
         yield Row(f"integrated_gradients, {rule}", ours, theirs, 1e-5, remark)
-        if remark:
-            yield Row("the same, times (n - 1)/n", ours * (steps - 1) / steps, theirs, 1e-5)
+        with mock.patch.object(importlib.import_module("pullback.paths.integrated"), "quadrature_of", _in_float32):
+            ours = pullback.integrated_gradients(params, model, x, T, steps=steps, quadrature=rule)  # pyright: ignore[reportArgumentType]
+        yield Row("the same, by such weights", ours, theirs, 1e-12)
     at = {"target": T, "n_steps": steps}
     yield Row(
         "integrated_gradients, layer",
@@ -102,10 +105,10 @@ def captum(smoke: bool) -> Iterator[Row]:
         pullback.internal_influence(params, model, x, T, layer=name, steps=steps),
         attr.InternalInfluence(model, layer).attribute(x, **at),
     )
-    many = {**at, "n_steps": 20 if smoke else 2000}
-    theirs = attr.LayerConductance(model, layer).attribute(x, **many)
-    ours = pullback.conductance(params, model, x, T, layer=name, steps=many["n_steps"], chunk_size=100)
-    yield Row("conductance", ours, theirs, math.inf if smoke else 1e-2, "captum takes differences of activations")
+    theirs = attr.LayerConductance(model, layer).attribute(x, **at)
+    ours = pullback.conductance(params, model, x, T, layer=name, steps=steps)
+    yield Row("conductance", ours, theirs, remark="captum takes differences of activations between points")
+    yield Row("the same, by differences", _by_differences(params, model, x, name, steps), theirs)
     yield Row(
         "neuron_conductance",
         pullback.neuron_conductance(params, model, x, T, layer=name, neuron=place, steps=steps),
@@ -113,12 +116,56 @@ def captum(smoke: bool) -> Iterator[Row]:
     )
     signed = pullback.saliency(params, model, x, T, layer=name, reduce=_signed)
     yield Row("Grad-CAM without clamp", signed, attr.LayerGradCam(model, layer).attribute(x, T))
-    samples = 50 if smoke else 4000
     data = torch.linspace(-1, 1, 4, dtype=x.dtype).reshape(4, 1, 1, 1).expand(4, *x.shape[1:])
-    ours = pullback.expected_gradients(params, model, x, T, baselines=data, samples=samples, chunk_size=100)
-    torch.manual_seed(0)
-    theirs = attr.GradientShap(model).attribute(x, target=T, baselines=data, n_samples=samples, stdevs=0.0)
-    yield Row("expected_gradients", ours, theirs, math.inf if smoke else 0.1, "random on both sides")
+    with _recorded("choice") as chosen, _recorded("uniform") as alphas:
+        theirs = attr.GradientShap(model).attribute(x, target=T, baselines=data, n_samples=steps, stdevs=0.0)
+
+    def explained() -> Tensor:
+        return pullback.expected_gradients(params, model, x, T, baselines=data, samples=steps)
+
+    yield Row("expected_gradients", explained(), theirs, remark="other random numbers")
+    drawn = np.stack([np.ravel(alphas), (np.ravel(chosen) + 0.5) / len(data)])
+
+    def uniform(seed: Any, index: Tensor, shape: Any, dtype: torch.dtype, stream: int = 0) -> Tensor:
+        return torch.as_tensor(drawn[stream])[index]
+
+    with mock.patch.object(importlib.import_module("pullback.paths.integrated"), "uniform", uniform):
+        yield Row("the same, by their draws", explained(), theirs)
+
+
+def _in_float32(name: str, steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Nodes and weights as captum rounds them: weights of any rule, nodes of those that are evenly spaced."""
+    nodes, weights = quadrature_of(name, steps)
+    if name == "trapezoid":
+        weights = tuple(weight * (steps - 1) / steps for weight in weights)
+    if name != "gauss_legendre":
+        nodes = tuple(torch.linspace(nodes[0], nodes[-1], steps).tolist())
+    return nodes, tuple(torch.tensor(weights, dtype=torch.float32).tolist())
+
+
+def _by_differences(params: Any, model: nn.Module, x: Tensor, layer: str, steps: int) -> Tensor:
+    """Sum gradients at one point more than `steps`, each times the way of the activation from the point before."""
+    nodes = (1 + np.polynomial.legendre.leggauss(steps + 1)[0]) / 2
+    at = [float(a) * x for a in nodes]
+    places = [pullback.activation(params, model, point, layer=layer) for point in at]
+    slopes = [pullback.gradient(params, model, point, T, layer=layer) for point in at]
+    return sum(
+        (g * (b - a) for g, a, b in zip(slopes[:-1], places, places[1:], strict=False)), torch.zeros_like(places[0])
+    )
+
+
+@contextlib.contextmanager
+def _recorded(name: str) -> Iterator[list[Any]]:
+    """Keep what a function of `numpy.random` gives while another library draws from it."""
+    drawn: list[Any] = []
+    function = getattr(np.random, name)
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        drawn.append(function(*args, **kwargs))
+        return drawn[-1]
+
+    with mock.patch.object(np.random, name, recording):
+        yield drawn
 
 
 def _signed(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -134,48 +181,96 @@ def pytorch_grad_cam(smoke: bool) -> Iterator[Row]:
     peer = importlib.import_module("pytorch_grad_cam")
     target = importlib.import_module("pytorch_grad_cam.utils.model_targets").ClassifierOutputTarget(T)
     model, x = network(torch.float32)
-    params, at = params_of(model), {"layer": "3"}
+    params = params_of(model)
+    at: dict[str, Any] = {"layer": "3"}
     for ours, theirs, remark in (
         ("grad_cam", "GradCAM", ""),
         ("hires_cam", "HiResCAM", ""),
         ("elementwise_grad_cam", "GradCAMElementWise", ""),
         ("layer_cam", "LayerCAM", ""),
         ("xgrad_cam", "XGradCAM", ""),
-        ("grad_cam_plus_plus", "GradCAMPlusPlus", ""),
+        ("grad_cam_plus_plus", "GradCAMPlusPlus", "they add 1e-6 to the denominator"),
         ("score_cam", "ScoreCAM", "they resize masks corner to corner"),
         ("ablation_cam", "AblationCAM", ""),
-        ("eigen_cam", "EigenCAM", "sign of the component"),
-        ("eigen_grad_cam", "EigenGradCAM", "sign of the component"),
+        ("eigen_cam", "EigenCAM", ""),
+        ("eigen_grad_cam", "EigenGradCAM", ""),
     ):
-        map = getattr(pullback, ours)(params, model, x, T, **at)
         found = getattr(peer, theirs)(model=model, target_layers=[model[3]])(input_tensor=x, targets=[target])
         found = torch.from_numpy(found)
-        if remark.startswith("sign"):  # whichever they got
-            map = min((map, -map), key=lambda m: float((_scaled(m, x) - found).abs().max()))
-        yield Row(ours, _scaled(map, x), found, 1e-3, remark)
-    full, found = pullback.full_grad(params, model, x, T), peer.FullGrad(model, [])(input_tensor=x, targets=[target])
+        map = getattr(pullback, ours)(params, model, x, T, **at)
+        if not ours.startswith("eigen"):
+            yield Row(ours, _scaled(map, x), found, 1e-5, remark)
+            if ours == "grad_cam_plus_plus":
+                map = pullback.saliency(params, model, x, T, **at, reduce=_with_epsilon)
+                yield Row("the same, with 1e-6", _scaled(map, x), found)
+            continue
+        gaps = [float((_scaled(m, x) - found).abs().max()) for m in (map, -map)]
+        yield Row(ours, _scaled(map, x), found, 1e-3, "" if gaps[0] < gaps[1] else "a component has no sign: theirs is")
+        if gaps[0] >= gaps[1]:
+            yield Row("the same, with the other sign", _scaled(-map, x), found, 1e-3)
+    found = peer.ScoreCAM(model=model, target_layers=[model[3]])(input_tensor=x, targets=[target])
+    with mock.patch.object(maps, "resize", _corner_to_corner):
+        map = pullback.score_cam(params, model, x, T, **at)
+    yield Row("score_cam, masks corner to corner", _scaled(map, x), torch.from_numpy(found), 1e-3)
+    full, info = pullback.full_grad(params, model, x, T, return_info=True)
+    found = torch.from_numpy(peer.FullGrad(model, [])(input_tensor=x, targets=[target]))
     yield Row(
-        "full_grad", maps.normalise(full)[:, 0], torch.from_numpy(found), math.inf, "they scale channel by channel"
+        "full_grad", maps.normalise(full)[:, 0], found, remark="they scale channel by channel, not share by share"
     )
+    shares = [info["input"], *(b for b in info["biases"] if b.ndim == x.ndim)]
+    channels = torch.cat([_each_channel(share.abs(), x) for share in shares], 1)
+    yield Row("the same, channel by channel", maps.normalise(channels.sum(1)), found, 1e-3)
+
+
+def _with_epsilon(activation: Tensor, g: Tensor) -> Tensor:
+    """Grad-CAM++ with 1e-6 in the denominator of alpha."""
+    below = 2 * g**2 + activation.sum((2, 3), keepdim=True) * g**3 + 1e-6
+    return maps.weighted_sum(activation, (torch.where(g == 0, g, g**2 / below) * g.clamp(min=0)).sum((2, 3)))
+
+
+def _corner_to_corner(map: Tensor, size: Any, mode: str = "bilinear") -> Tensor:
+    return torch.nn.functional.interpolate(map, tuple(size), mode=mode, align_corners=True)
+
+
+def _each_channel(share: Tensor, x: Tensor) -> Tensor:
+    """Scale each channel to [0, 1], then to the size of `x`."""
+    flat = maps.normalise(share.flatten(0, 1).unsqueeze(1))
+    return maps.resize(flat, x.shape[2:]).unflatten(0, share.shape[:2]).squeeze(2)
 
 
 def torchcam(smoke: bool) -> Iterator[Row]:
     peer = importlib.import_module("torchcam.methods")
     model, x = network(torch.float32)
-    params, at = params_of(model), {"layer": "3"}
+    params = params_of(model)
+    at: dict[str, Any] = {"layer": "3"}
+    before = "they scale to [0, 1] before resizing"
     for ours, theirs, options, remark in (
         ("grad_cam", "GradCAM", {}, ""),
         ("layer_cam", "LayerCAM", {}, ""),
         ("xgrad_cam", "XGradCAM", {}, ""),
-        ("grad_cam_plus_plus", "GradCAMpp", {}, "they sum activation times third derivative over positions"),
-        ("score_cam", "ScoreCAM", {}, "they scale to [0, 1] before resizing"),
-        ("is_cam", "ISCAM", {"samples": 3}, "as above"),
+        ("grad_cam_plus_plus", "GradCAMpp", {}, "their division by the denominator, in place on a copy, is lost"),
+        ("score_cam", "ScoreCAM", {}, before),
+        ("is_cam", "ISCAM", {"samples": 3}, before),
     ):
-        map = getattr(pullback, ours)(params, model, x, T, **at, **options)
         settings = {"num_samples": options["samples"]} if options else {}
         with getattr(peer, theirs)(model, "3", input_shape=(3, 16, 16), **settings) as extractor:
             found = extractor(T, model(x))[0].detach()
-        yield Row(ours, maps.normalise(map)[:, 0], found, 1e-3 if not remark else math.inf, remark)
+
+        def explained(ours: str = ours, options: dict[str, Any] = options) -> Tensor:
+            return maps.normalise(getattr(pullback, ours)(params, model, x, T, **at, **options))[:, 0]
+
+        yield Row(ours, explained(), found, 1e-3, remark)
+        if remark == before:
+            with mock.patch.object(importlib.import_module("pullback.cam.by_score"), "_channel_masks", _each_channel):
+                yield Row("the same, scaled before", explained(), found, 1e-3)
+        elif remark:
+            map = pullback.saliency(params, model, x, T, **at, reduce=_undivided).clamp(min=0)
+            yield Row("the same, undivided", maps.normalise(map)[:, 0], found, 1e-3)
+
+
+def _undivided(activation: Tensor, g: Tensor) -> Tensor:
+    """Grad-CAM++ with the numerator of alpha alone."""
+    return maps.weighted_sum(activation, (g**2 * g.clamp(min=0)).sum((2, 3)))
 
 
 def _quantile(values: Any, q: float, interpolation: str) -> Any:
@@ -202,8 +297,27 @@ def pair(smoke: bool) -> Iterator[Row]:
 
     yield Row("gradient", pullback.gradient(params, model, x, T), theirs(core.GradientSaliency().GetMask(image, call)))
     found = theirs(core.IntegratedGradients().GetMask(image, call, x_steps=steps, x_baseline=0 * image))
-    ours = pullback.integrated_gradients(params, model, x, T, steps=steps + 1, quadrature="trapezoid")
-    yield Row("integrated_gradients", ours, found, math.inf, "they count both ends of the path in full")
+    ours = pullback.integrated_gradients(params, model, x, T, steps=steps, quadrature="trapezoid")
+    yield Row("integrated_gradients", ours, found, remark="they count both ends of the path in full")
+    slopes = [pullback.gradient(params, model, k / (steps - 1) * x, T) for k in range(steps)]
+    yield Row("the same, ends in full", x * torch.stack(slopes).mean(0), found)
+    for squared in (False, True):
+        with _recorded("normal") as noise:
+            found = core.GradientSaliency().GetSmoothedMask(image, call, nsamples=steps, magnitude=squared)
+        drawn = torch.stack([theirs(draw)[0] for draw in noise]) / (0.15 * float(x.max() - x.min()))
+
+        def normal(
+            seed: Any, index: Tensor, shape: Any, dtype: torch.dtype, stream: int = 0, drawn: Tensor = drawn
+        ) -> Tensor:
+            return drawn[index]
+
+        def smoothed(squared: bool = squared) -> Tensor:
+            return pullback.smooth_grad(params, model, x, T, samples=steps, statistic="squared" if squared else "mean")
+
+        name = f"smooth_grad{', squared: their default' if squared else ''}"
+        yield Row(name, smoothed(), theirs(found), remark="other random numbers")
+        with mock.patch.object(importlib.import_module("pullback.noise"), "normal", normal):
+            yield Row("the same, by their draws", smoothed(), theirs(found))
     for fraction, distance in ((0.25, 0.1), (0.1, 1.0)):
         with mock.patch("numpy.quantile", _quantile):
             found = core.GuidedIG().GetMask(
@@ -212,12 +326,17 @@ def pair(smoke: bool) -> Iterator[Row]:
         ours = pullback.guided_integrated_gradients(
             params, model, x, T, steps=steps, fraction=fraction, max_distance=distance
         )
-        yield Row(f"guided_integrated_gradients, {fraction}, {distance}", ours, theirs(found), 1e-2)
+        yield Row(f"guided_integrated_gradients, {fraction}, {distance}", ours, theirs(found))
     found = theirs(core.BlurIG().GetMask(image, call, max_sigma=4, steps=steps, grad_step=0.001))
     ours = pullback.blur_integrated_gradients(
         params, model, x, T, sigma=4 / 16, steps=steps, quadrature="riemann_right", padding="zeros"
     )
-    yield Row("blur_integrated_gradients", ours, found, math.inf, "they take differences, and cut each blur at 4 sigma")
+    yield Row("blur_integrated_gradients", ours, found, remark="they take differences, and cut each blur at 4 sigma")
+    total = torch.zeros_like(x)
+    for sigma in (4 * k / steps for k in range(steps)):
+        here, further = _blurred(x, sigma), _blurred(x, sigma + 0.001)
+        total = total - 4 / steps * (further - here) / 0.001 * pullback.gradient(params, model, here, T)
+    yield Row("the same, by such differences", total, found)
     segments = [torch.rand(16, 16, generator=torch.Generator().manual_seed(k)) > 0.7 for k in range(12)]
     attribution = pullback.gradient(params, model, x, T)
     parameters = core.XRAIParameters(area_threshold=1.0, steps=steps)
@@ -230,6 +349,12 @@ def pair(smoke: bool) -> Iterator[Row]:
         least_area=parameters.experimental_params["min_pixel_diff"],
     )  # fmt: skip
     yield Row("xrai", ours[0, 0], torch.as_tensor(found.attribution_mask), 1e-5)
+
+
+def _blurred(x: Tensor, sigma: float) -> Tensor:
+    """As scipy blurs: by weights up to 4 sigma, rounded."""
+    reach = int(4 * sigma + 0.5)
+    return maps.blurred(x, torch.tensor(sigma, dtype=x.dtype), reach, "zeros") if sigma else x
 
 
 def main() -> int:
