@@ -1,6 +1,6 @@
 """Run benchmarks, each in a process of its own, and keep and tabulate what they find.
 
-    python -m benchmarks                     all of them, printed
+    python -m benchmarks                     all but perturbations and metrics, printed
     python -m benchmarks targets memory      some of them; also one job, such as targets-resnet50
     python -m benchmarks --record            kept in benchmarks/results/, RESULTS.md and README's table written
     python -m benchmarks --tables            RESULTS.md and README's table, from what is kept
@@ -36,18 +36,20 @@ JOBS: dict[str, tuple[str, ...]] = {
     "overhead-lite0": ("overhead", "--networks", "lite0"),
     "targets-mlp": ("targets", "--networks", "mlp", "--targets", "1,8,10"),
     "targets-resnet18": ("targets", "--networks", "resnet18"),
-    "targets-resnet50": ("targets", "--networks", "resnet50", "--limit", "30"),
+    "targets-resnet50": ("targets", "--networks", "resnet50", "--limit", "25"),
     "targets-vgg16": ("targets", "--networks", "vgg16"),
     "targets-vit_b_16": ("targets", "--networks", "vit_b_16"),
     "targets-lite0": ("targets", "--networks", "lite0"),
     "memory": ("memory",),
     "batch": ("batch",),
     "compile": ("compile",),
-    "imports": ("imports",),
+    "imports": ("imports", "--rounds", "3"),
     "relevance": ("relevance", "--rounds", "3"),
+    "torchray_dialect": ("torchray_dialect", "--rounds", "5"),
     "perturbations": ("perturbations", "--rounds", "2"),
-    "torchray_dialect": ("torchray_dialect",),
+    "metrics": ("metrics",),
 }
+BY_NAME = ("perturbations", "metrics")  # take minutes of their own, and run when they are named
 
 
 def scripts() -> list[str]:
@@ -62,7 +64,7 @@ def chosen(names: list[str], smoke: bool) -> dict[str, tuple[str, ...]]:
     jobs = {name: (name,) for name in scripts()} if smoke else JOBS
     known = {**{name: (name,) for name in scripts()}, **JOBS}
     picked: dict[str, tuple[str, ...]] = {}
-    for name in names or list(jobs):
+    for name in names or [name for name in jobs if smoke or name not in BY_NAME]:
         if name in jobs:
             picked[name] = jobs[name]
         elif found := {job: how for job, how in jobs.items() if how[0] == name}:

@@ -130,11 +130,11 @@ def measure(name: str, method: str, options: Any) -> tuple[list[list[str]], dict
         for case in (loop, together, *kept):
             row.append(f"{case} {with_spread(ratio(times[case], mine))}" if case else "")
         rows.append([*row, *[""] * (9 - len(row)), "; ".join(f"{who} {note}" for who, note in notes.items())])
-        best = fastest(times, [case for case in (loop, together) if case])
-        if best and (name, k) in HEADLINES.get(method, ()):
-            beside = f"{best}, {milliseconds(times[best])} ms"
-            row = [f"{name}: `{method}`, {k} targets", f"{milliseconds(mine)} ms", beside]
-            headlines.append([*row, with_spread(ratio(times[best], mine))])
+        for case in (loop, together):
+            if case and (name, k) in HEADLINES.get(method, ()):
+                row = [f"{name}: `{method}`, {k} targets", f"{milliseconds(mine)} ms"]
+                beside = f"{case}, {milliseconds(times[case])} ms"
+                headlines.append([*row, beside, with_spread(ratio(times[case], mine))])
     results[f"{name}/{method}"] = {"batch of B": batch, "forward": taken["forward"], "backward": taken["backward"]}
     return rows, results, headlines
 
@@ -164,7 +164,7 @@ def main() -> None:
         targets="1,8,64,all",
         batch=8,
         longest=15.0,
-        limit=20.0,
+        limit=12.0,
     )
     if options.smoke:
         options.networks, options.targets, options.batch = "tiny,mlp", "1,4,all", 2
