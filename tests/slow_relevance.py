@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -104,3 +104,94 @@ def through(layers: list[nn.Module], x: Tensor, relevance: Tensor, rule: Callabl
             relevance = way(w.detach(), b.detach(), h.flatten(), relevance.flatten()).reshape(h.shape)
         found.append(relevance)
     return found[::-1]
+
+
+# ---- any graph ----------------------------------------------------------------------------------------------------
+
+
+def edges(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The matrices of a function that is linear in all of its inputs together, one for each of them."""
+    found = []
+    for k, own in enumerate(inputs):
+        others = [torch.zeros_like(v) for v in inputs]
+
+        def of_one(v: Tensor, k: int = k, others: list[Tensor] = others) -> Tensor:
+            return function(*others[:k], v, *others[k + 1 :])
+
+        found.append(matrix(of_one, own)[0])
+    return found
+
+
+def over_graph(model: nn.Module, x: Tensor, seed: Tensor, rule: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Relevance of one example at every node of a graph that `torch.fx` can trace, edge by edge: branches are seen.
+
+    `seed` is the relevance of the output. Modules with a weight go by `rule`, batch norm together with what is before
+    it; functions of one input that are not linear hand relevance on; maximum pooling gives it to the maximum; sums,
+    concatenation and whatever else is linear share it in proportion.
+    """
+    traced = fx.symbolic_trace(model)
+    values: dict[fx.Node, Tensor] = {}
+    calls: dict[fx.Node, tuple[Callable[..., Tensor], list[fx.Node]]] = {}
+    modules = dict(traced.named_modules())
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = x
+            continue
+        parents = list(node.all_input_nodes)
+        if node.op == "call_module":
+            function: Callable[..., Tensor] = modules[node.target]
+        elif node.op == "output":
+            function = torch.clone
+        else:
+            function = _replayed(node, parents)
+        values[node] = function(*(values[p].clone() for p in parents)).detach()  # no edit in place reaches another node
+        calls[node] = function, parents
+    relevance = {node: torch.zeros_like(v) for node, v in values.items()}
+    *nodes, last = traced.graph.nodes
+    relevance[last] = seed
+    for node in reversed([*nodes, last]):
+        if node not in calls:
+            continue
+        (function, parents), r = calls[node], relevance[node].flatten()
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        inputs = [values[p] for p in parents]
+        if isinstance(module, nn.BatchNorm2d) and calls[parents[0]][1]:  # one linear map with the one before
+            before, parents = calls[parents[0]]
+            inputs = [values[p] for p in parents]
+            function = lambda v, f=before, g=module: g(f(v))  # noqa: E731
+        if isinstance(module, nn.BatchNorm2d) or any(True for _ in (module or nn.Identity()).parameters()):
+            w, b = matrix(function, inputs[0])
+            shares = [rule(w.detach(), b.detach(), inputs[0].flatten(), r)]
+        elif _name(node, module) in PASSING:
+            shares = [r]
+        elif "max_pool" in _name(node, module) or isinstance(module, nn.MaxPool2d):
+            jacobian = torch.autograd.functional.jacobian(function, inputs[0])
+            shares = [r @ jacobian.reshape(-1, inputs[0].numel())]  # type: ignore[union-attr]
+        else:
+            total = values[node].flatten()
+            part = torch.where(total == 0, torch.zeros_like(r), r / torch.where(total == 0, 1.0, total))
+            shares = [v.flatten() * (part @ m) for v, m in zip(inputs, edges(function, inputs))]
+        for parent, share in zip(parents, shares):
+            relevance[parent] = relevance[parent] + share.reshape(values[parent].shape)
+    return {node.name: r for node, r in relevance.items()}
+
+
+PASSING = {"relu", "relu_", "gelu", "silu", "tanh", "sigmoid", "ReLU", "GELU", "SiLU", "Tanh"}
+
+
+def _name(node: fx.Node, module: nn.Module | None) -> str:
+    return type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def _replayed(node: fx.Node, parents: list[fx.Node]) -> Callable[..., Tensor]:
+    """A function or method call, of the nodes that go into it."""
+
+    def function(*given: Tensor) -> Tensor:
+        values = dict(zip(parents, given))
+        args = fx.node.map_arg(node.args, lambda n: values[n])
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[index]
+        return node.target(*args, **kwargs)  # type: ignore[operator, misc]
+
+    return function

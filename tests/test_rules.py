@@ -175,6 +175,44 @@ def test_conserved_over_skips_and_reuse(rule):
     torch.testing.assert_close(result.sum((1, 2, 3)), model(x)[:, 1], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("rule", ["epsilon", "z_plus", "gamma", "alpha_beta"])
+def test_every_edge_of_a_graph(rule):
+    """Node by node against matrices: two errors at a branching that cancel in the total are seen here."""
+    model, x = skips()
+    x, params = x[:1], params_of(model)
+    chosen = rules.composed(RULES[rule][0])
+    seed = torch.zeros_like(model(x)).detach()
+    seed[0, 1] = model(x)[0, 1].detach()
+    expected = slow.over_graph(model, x, seed, RULES[rule][1])
+    names = {"": "x", "up": "up", "norm#0": "norm", "norm#1": "norm_1", "shared#0": "shared", "shared#1": "shared_1"}
+    for layer, node in names.items():
+        found = lrp(params, model, x, 1, rules=chosen, layer=layer)
+        torch.testing.assert_close(found, expected[node], rtol=1e-6, atol=1e-9)
+
+
+def test_the_graph_sees_what_a_total_does_not():
+    """All to the first summand of every `+`: conserves relevance, and is wrong."""
+    model, x = skips()
+    x, params = x[:1], params_of(model)
+
+    def all_to_the_first(operation: Any, a: Tensor, b: Tensor) -> Tensor:
+        y = (a + b).detach()
+        return y + y / a.detach() * (a - a.detach())
+
+    chosen = rules.composed(CONSERVING["epsilon"]())
+    seed = torch.zeros_like(model(x)).detach()
+    seed[0, 1] = model(x)[0, 1].detach()
+
+    def slowly(w: Tensor, b: Tensor, x: Tensor, r: Tensor) -> Tensor:
+        return slow.epsilon(w, 0 * b, x, r, 1e-14)
+
+    expected = slow.over_graph(model, x, seed, slowly)["x"]
+    right, wrong = (lrp(params, model, x, 1, rules={**chosen, **more}) for more in ({}, {torch.add: all_to_the_first}))
+    torch.testing.assert_close(wrong.sum(), right.sum())
+    torch.testing.assert_close(right, expected, rtol=1e-6, atol=1e-9)
+    assert not torch.allclose(wrong, expected, rtol=0.1)
+
+
 def test_excitation_sums_to_one_over_skips():
     model, x = skips()
     params = params_of(model)

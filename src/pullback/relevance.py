@@ -8,11 +8,12 @@ Layer-wise relevance propagation is covered by patents in some places: before yo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import vjp
 
 from pullback import _secant
 from pullback._batch import each
@@ -24,6 +25,7 @@ from pullback._call import (
     Pulled,
     Select,
     Target,
+    activations_at,
     cotangent,
     public,
     pullback,
@@ -58,9 +60,10 @@ def lrp(
     .. math:: R_i = \sum_j \frac{q_{ji}}{\sum_k q_{jk}} R_j
 
     with contributions q that the rules define. Relevance adds up to the score where the rules conserve it: biases and
-    the epsilon in denominators take their share unless a rule is made with ``bias=False``. Costs 1 gradient with the
-    epsilon rule, and with others, at each linear map, one more forward and backward for each kind of contribution that
-    they tell apart; under `vmap` over targets the forwards are shared.
+    the epsilon in denominators take their share unless a rule is made with ``bias=False``, which does harm where batch
+    norm is merged: see `docs/relevance.md`. Costs 1 gradient with the epsilon rule, and with others, at each linear
+    map, one more forward and backward for each kind of contribution that they tell apart; under `vmap` over targets the
+    forwards are shared.
 
     Args:
         params, model, x, target, layer, at, output: See `gradient`.
@@ -91,6 +94,7 @@ def lrp(
     return _times_activation(pulled, pulled.pull(cotangent(pulled.output, target)))
 
 
+@public
 def relevance_flow(
     params: Params,
     model: nn.Module,
@@ -98,22 +102,25 @@ def relevance_flow(
     target: Target,
     *,
     layers: Sequence[str],
-    method: Callable[..., Any] = lrp,
-    **options: Any,
+    rules: Rules = "epsilon_plus",
+    output: Select = None,
+    strict: bool = False,
 ) -> dict[str, Tensor]:
-    """Sum relevance at each of several layers, ``[batch]``, to see where it is lost or made.
+    """Sum the relevance of `lrp` at each of several layers, to see where it is lost or made.
 
     A total that stays that of the score is necessary, not enough: two errors at a branching may cancel, and a layer
-    beside which a skip passes has but a part of the total. Costs a call of `method` a layer.
+    beside which a skip passes has but a part of the total. Costs one call of `lrp` for all layers.
 
     Args:
-        params, model, x, target: See `gradient`.
+        params, model, x, target, output: See `gradient`.
         layers: Layer names; ``""`` is the input.
-        method: `lrp`, `excitation_backprop` or another with ``layer=``.
-        options: What `method` takes.
+        rules, strict: See `lrp`.
 
     Returns:
-        By layer, the sum over all of its activation.
+        By layer, ``[batch]``: the sum over all of its activation, calls of a reused layer included.
+
+    Raises:
+        ValueError: If the model has no such layers.
 
     Example:
         >>> from torch import nn
@@ -123,11 +130,33 @@ def relevance_flow(
         >>> all(torch.allclose(total, model(x)[:, 1], rtol=1e-3) for total in flow.values())
         True
     """
-    found = {}
-    for layer in layers:
-        relevance = method(params, model, x, target, layer=layer, **options)
-        parts = Leaves(relevance).tensors
-        found[layer] = torch.stack([t.flatten(1).sum(1) for t in parts]).sum(0)
+    sites = {name: Site.parse(name, "output") for name in layers if name}
+    seen = {site: activations_at(params, model, x, site) for site in sites.values()}
+    zeros = {(s, i): torch.zeros(v.shape, dtype=v.dtype) for s, calls in seen.items() for i, v in enumerate(calls)}
+    leaves = Leaves(x)
+
+    def forward(inputs: tuple[Tensor, ...], added: dict[tuple[Site, int], Tensor]) -> tuple[Tensor, Any]:
+        activations: dict[tuple[Site, int], Tensor] = {}
+
+        def edit(site: Site, call: int, activation: Tensor) -> Tensor:
+            if site.call not in (None, call):
+                return activation
+            activations[site, call] = activation
+            return torch.ops.aten.add.Tensor(activation, added[site, call].to(activation.device, activation.dtype))
+
+        options: dict[str, Any] = {"output": output, "table": table_of(rules), "strict": strict}
+        given = leaves.rebuild(inputs, lambda v: v)
+        return run(params, model, given, sites=tuple(seen), edit=edit, seen=seen, **options), activations
+
+    y, pull, activations = vjp(forward, leaves.tensors, zeros, has_aux=True)  # pyright: ignore[reportAssignmentType]
+    inputs, cotangents = pull(cotangent(y, target))
+    found: dict[str, Tensor] = {}
+    for name in layers:
+        if name:
+            parts = [(a, cotangents[at]) for at, a in activations.items() if at[0] == sites[name]]
+        else:
+            parts = list(zip(leaves.tensors, inputs, strict=True))
+        found[name] = sum((nonzero(a) * c).flatten(1).sum(1) for a, c in parts)  # pyright: ignore[reportArgumentType]
     return found
 
 
@@ -274,6 +303,14 @@ def deep_lift(
     the secant back in place of the derivative. Products take the mean of the other factor, softmax and norms are
     made of elementwise steps and products, maximum pooling shares its difference between the two maxima: so
     attributions add up to the difference in score, skips, reuse and attention included. Costs 1 gradient and 1 forward.
+
+    The reveal-cancel rule of sec. 3.5.3 is not offered. It gives each nonlinearity two multipliers, for the positive
+    and for the negative part of the difference that enters, and defines these parts for an affine function alone, by
+    the terms of its sum. After a skip, pooling, a product or a norm there are no such terms, or others for every way of
+    writing the same function, so it would be the rescale rule in one half of a network and not in the other.
+
+    What selects by values of the input other than those operations (`torch.where` with a condition that differs between
+    `x` and `baseline`, indexing by a sort of one's own) is taken as selected at `x`.
 
     Args:
         params, model, x, target, layer, at, output: See `gradient`. A function as `target` must be linear.
