@@ -16,7 +16,7 @@ import pullback
 torch.set_num_threads(1)
 
 if find_spec("zarr") is None:  # it needs a later Python than this package does
-    collect_ignore = ["src/pullback/dataset/_run.py", "notebooks/7-a-whole-dataset.ipynb"]
+    collect_ignore = ["src/pullback/dataset/_run.py"]
 
 
 def _let_torchvision_import() -> None:

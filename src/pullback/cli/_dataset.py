@@ -88,8 +88,8 @@ def as_problem() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise Problem(lines[0]) from error
+        text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        raise Problem(text.splitlines()[0]) from error
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -113,7 +113,9 @@ def run(arguments: argparse.Namespace) -> int:
     targets: Any = arguments.targets.strip()
     if targets == "label":
         data.label(names, classes)
-    elif not re.fullmatch("top[1-9][0-9]*", targets):
+    elif best := re.fullmatch("top([1-9][0-9]*)", targets):
+        targets = f"top{min(int(best[1]), classes)}"
+    else:
         targets = chosen_classes(targets, names, classes)(torch.zeros(classes))
     settle_layers(methods, params, network.model, probe)
     reduce: dict[str, Any] = {
