@@ -90,11 +90,8 @@ class Scene:
         if isinstance(size, str) and size != "auto":
             raise ValueError(f"`chunk_size` must be a number, 'auto' or None, got {size!r}.")
         rows = self.batch if rows is None else rows
-        largest = (
-            ENLARGED
-            * torch.empty((), dtype=self.dtype).element_size()
-            * sum(math.prod(shape[1:]) for shape in self.shapes)
-        )
+        size_of_number = torch.empty((), dtype=self.dtype).element_size()
+        largest = ENLARGED * size_of_number * sum(math.prod(shape[1:]) for shape in self.shapes)
         if count * rows * times >= WORTH:
             largest = self._settled() or largest
         return chunks(count, max(1, rows_together(largest, self.device) // max(1, rows)) if size == "auto" else size)
