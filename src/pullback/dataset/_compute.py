@@ -120,7 +120,7 @@ class Recipe:
             return {part: a.float()}
         scale = power_of_two_above(a)
         shape = (*scale.shape, *[1] * (a.ndim - 2))
-        return {part: (a.float() / scale.reshape(shape)).half(), f"{part}_scale": scale}
+        return {part: (a / scale.reshape(shape)).half(), f"{part}_scale": scale}
 
 
 def power_of_two_above(a: Tensor) -> Tensor:
@@ -128,9 +128,16 @@ def power_of_two_above(a: Tensor) -> Tensor:
 
     Division by it is exact, so that half precision keeps 11 bits of the largest values, however small they are.
     """
-    peak = a.float().nan_to_num(0, 0, 0).flatten(2).abs().amax(2)
+    peak = _largest(a)
+    if not peak.isfinite().all():
+        peak = _largest(a.nan_to_num(0, 0, 0))
     exponent = torch.frexp(peak)[1].float().clamp(-120, 127)
     return torch.where(peak == 0, torch.ones_like(peak), torch.exp2(exponent))
+
+
+def _largest(a: Tensor) -> Tensor:
+    flat = a.flatten(2)
+    return torch.maximum(flat.amax(2), -flat.amin(2)).float()
 
 
 def _at(output: Tensor, targets: Tensor) -> Tensor:

@@ -288,6 +288,7 @@ def _make(path: Path, metadata: Mapping[str, Any], results: Mapping[str, Tensor]
             dtype=dtype,
             fill_value=fill,
             compressors=codec,
+            chunk_key_encoding={"name": "default", "separator": "."},  # a folder an array, not one a chunk
             dimension_names=("example", *axes),
         )
 
