@@ -221,4 +221,4 @@ def gaps(peers: dict[str, Peer], ours: Tensor, targets: list[int]) -> Iterator[t
         ways = [torch.stack([peer.one(t).reshape(mine.shape[1:]) for t in targets])]
         if peer.many is not None:
             ways.append(peer.many(torch.tensor(targets, device=ours.device)).reshape(mine.shape))
-        yield library, max(gap(mine, theirs) for theirs in ways)
+        yield library, max(gap(mine, theirs.to(mine.device)) for theirs in ways)

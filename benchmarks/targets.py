@@ -12,6 +12,7 @@ measured over a few, and the time is that times K.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,16 +50,24 @@ def cheapest_batch(model: torch.nn.Module, x: Tensor, device: str) -> int:
 
     def cost(batch: int) -> float:
         run = backward_in(model, x, batch)
-        return min(once(run, device) for _ in range(3)) / batch
+        return min(once(run, device) for _ in range(2)) / batch
 
-    return min((1, 2, 4, 8, 16), key=cost)
+    return min((1, 2, 4, 8), key=cost)
+
+
+@cache
+def setting(name: str, device: str) -> tuple[torch.nn.Module, Tensor, int]:
+    """Give a network, an input, and the cheapest batch of a backward, the same for all methods."""
+    model, size = network(name, device)
+    x = example(model, size, device)
+    return model, x, cheapest_batch(model, x, device)
 
 
 def measure(name: str, method: str, options: Any) -> tuple[list[list[str]], dict[str, Any], list[list[str]]]:
-    model, size = network(name, options.device)
-    x, device = example(model, size, options.device), options.device
+    device = options.device
+    model, x, batch = setting(name, device)
     params, how, ours = pullback.params_of(model), options_of(method, name), getattr(pullback, method)
-    few, batch = options.batch if method != "integrated_gradients" else 2, cheapest_batch(model, x, device)
+    few = options.batch if method != "integrated_gradients" else 2
     with torch.no_grad():
         classes = model(x).shape[1]
 
