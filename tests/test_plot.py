@@ -94,6 +94,28 @@ def test_images_that_cannot_be_drawn(shape):
         plot.overlay(np.zeros(shape), np.zeros((8, 8)))
 
 
+def test_limit_and_opacity_are_checked():
+    for limit in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`limit` must be above 0"):
+            plot.overlay(GREY, np.eye(8), limit=limit)
+        with pytest.raises(ValueError, match="`limit` must be above 0"):
+            plot.plot(np.eye(8), limit=limit)
+    for opacity in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="`opacity` must be from 0 to 1"):
+            plot.overlay(GREY, np.eye(8), opacity=opacity)
+    assert np.allclose(plot.overlay(GREY, np.eye(8), opacity=0), plot.overlay(GREY, np.zeros((8, 8)), opacity=0))
+
+
+def test_one_scale_for_several_maps():
+    _, (left, right) = plt.subplots(1, 2)
+    for ax, map in ((left, np.eye(4)), (right, np.eye(4) / 2)):
+        plot.plot(map, ax=ax, limit=1.0)
+    one, half = (np.asarray(ax.images[0].get_array())[0, 0] for ax in (left, right))
+    assert one[:3].sum() > half[:3].sum()
+    signed = plot.plot(-np.eye(4), ax=left, signed=True).images[-1].get_array()
+    assert signed[0, 0, 2] > signed[0, 0, 0]  # against: blue
+
+
 def test_plot_draws_where_it_is_told():
     _, (left, right) = plt.subplots(1, 2)
     assert plot.plot(torch.rand(4, 4), ax=left, title="alone") is left

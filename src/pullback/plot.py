@@ -68,12 +68,20 @@ def overlay(
         Colours ``[height width 3]`` from 0 to 1. Values that are not finite come out in magenta.
 
     Raises:
-        ValueError: If the shapes are not those above.
+        ValueError: If the shapes are not those above, `limit` is not above 0 or `opacity` not from 0 to 1.
+
+    Example:
+        >>> image, map = np.full((8, 8, 3), 0.5), np.eye(8)
+        >>> colours = overlay(image, map - np.eye(8)[::-1])  # one diagonal for, the other against
+        >>> bool(colours[0, 0, 0] > colours[0, 0, 2] and colours[0, 7, 0] < colours[0, 7, 2])  # red, blue
+        True
     """
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"`opacity` must be from 0 to 1, got {opacity}.")
     photograph = _image(image)
     values = _resized(_map(map), photograph.shape[:2])
     signed = _is_signed(values) if signed is None else signed
-    limit = _limit(values) if limit is None else limit
+    limit = _limit(values) if limit is None else _checked(limit)
     finite = np.where(np.isfinite(values), values, 0.0)
     colour = _colours(signed, limit).to_rgba(finite)[..., :3]
     grey = photograph @ np.array([0.299, 0.587, 0.114])
@@ -98,8 +106,10 @@ def plot(
 ) -> Axes:
     """Draw one map, over an image where one is given.
 
+    Maps are drawn on one scale where they are given one `limit`, and otherwise each on its own.
+
     Args:
-        map: ``[height width]``.
+        map: ``[height width]``; axes of size one before these are dropped.
         image: See `overlay`. If omitted, the map is drawn on its own.
         ax: Where to draw. Matplotlib's current axes if omitted.
         title: Above the map.
@@ -108,6 +118,17 @@ def plot(
 
     Returns:
         The axes drawn on.
+
+    Raises:
+        ValueError: See `overlay`.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> left, right = Figure().subplots(1, 2)
+        >>> plot(np.eye(4), ax=left, title="alone") is left
+        True
+        >>> plot(np.eye(4), np.ones((8, 8, 3)), ax=right).images[0].get_array().shape == (8, 8, 3)
+        True
     """
     if ax is None:
         import matplotlib.pyplot as plt
@@ -115,7 +136,7 @@ def plot(
         ax = plt.gca()
     values = _map(map)
     signed = _is_signed(values) if signed is None else signed
-    limit = _limit(values) if limit is None else limit
+    limit = _limit(values) if limit is None else _checked(limit)
     colours = _colours(signed, limit)
     if image is None:
         ax.imshow(colours.to_rgba(values), interpolation="nearest")
@@ -156,7 +177,14 @@ def grid(
         The figure.
 
     Raises:
-        ValueError: If a row has not one map for each column, or the shapes are not those of `overlay`.
+        ValueError: If there is no row or no column, a row has not one map for each column, or the shapes are not those
+            of `overlay`.
+
+    Example:
+        >>> rows = {"gradient": torch.randn(3, 8, 8), "grad_cam": torch.rand(3, 4, 4)}
+        >>> figure = grid(np.ones((8, 8, 3)), rows, ["cat", "dog", "fox"])
+        >>> len(figure.axes) == 1 + 2 * (3 + 1)
+        True
     """
     photograph = _image(image)
     table = {name: [_map(map) for map in maps] for name, maps in rows.items()}
@@ -304,6 +332,12 @@ def _resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _is_signed(values: np.ndarray) -> bool:
     return bool((values < 0).any())
+
+
+def _checked(limit: float) -> float:
+    if not (np.isfinite(limit) and limit > 0):
+        raise ValueError(f"`limit` must be above 0: it is the value at the end of the colours; got {limit}.")
+    return float(limit)
 
 
 def _limit(values: np.ndarray) -> float:

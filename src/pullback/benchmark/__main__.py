@@ -28,9 +28,10 @@ from pullback import benchmark, cli, params_of
 from pullback._networks import Network, Problem, find_device, load, say, unknown
 from pullback.benchmark import Entry, Example, Summary
 from pullback.benchmark.methods import LITE0, SMALL
-from pullback.benchmark.runner import Row, rows_in
+from pullback.benchmark.runner import Row, read_table
+from pullback.cli._asked import chosen_methods, public_methods, settle_layers
+from pullback.cli._explain import PEAK_OVER_CHANNELS
 
-PEAK = cli.PEAK_OVER_CHANNELS
 FAILS = 0.5  # likeness of maps before and after all weights are drawn anew, from which a method fails
 BETWEEN = re.compile(r"(?<=<!-- measured -->\n).*?(?=\n<!-- /measured -->)", re.DOTALL)
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -137,11 +138,13 @@ def local(arguments: argparse.Namespace) -> None:
     else:
         examples = benchmark.masked_folder(arguments.paths[0], arguments.paths[1], prepare)
     examples = examples[: arguments.limit or (2 if arguments.quick else None)]
-    options = cli.chosen_methods(arguments.method or "gradient,grad_cam", arguments.option, arguments.layer)
+    options = chosen_methods(arguments.method or "gradient,grad_cam", arguments.option, arguments.layer)
     params = params_of(network.model)
-    cli.settle_layers(options, params, network.model, examples[0].x[None])
-    known = cli.public_methods()
-    methods = {name: Entry(known[name], own, "peak" if name in PEAK else "sum") for name, own in options.items()}
+    settle_layers(options, params, network.model, examples[0].x[None])
+    known = public_methods()
+    methods = {
+        name: Entry(known[name], own, "peak" if name in PEAK_OVER_CHANNELS else "sum") for name, own in options.items()
+    }
     arguments.method = None
     metrics: Metrics = {"pointing_game": {"tolerance": arguments.tolerance}, "energy_pointing_game": {}}
     judge(arguments, arguments.data, network.model, examples, methods, metrics)
@@ -163,10 +166,9 @@ def measured(out: Path) -> str:
     """The README's block: all methods on mosaics and digits, and which fail the randomisation test."""
     found = {}
     for name in ("mosaics", "digits", "tiles"):
-        rows = rows_in(out / name)
-        if not rows:
+        if not (out / name / "results.csv").is_file():
             raise Problem(f"{str(out / name)!r} holds no results: run `python -m pullback.benchmark all` first")
-        found[name] = columns_of(rows)
+        found[name] = columns_of(read_table(out / name / "results.csv"))
     columns = {
         "mosaics: share in its tile": found["mosaics"]["energy"],
         "mosaics: peak in its tile": found["mosaics"]["pointing"],
@@ -181,7 +183,7 @@ def measured(out: Path) -> str:
     said = ", ".join(f"`{s.method}` ({s.mean:.2f})" for s in fails) or "none"
     close = "; the interval of " + ", ".join(f"`{s.method}`" for s in unsure) + " reaches it" if unsure else ""
     table = benchmark.markdown(columns)
-    for name in cli.public_methods():
+    for name in public_methods():
         table = table.replace(f"\n| {name} |", f"\n| `{name}` |")
     return (
         f"{table}\n\nChance is 0.25 on mosaics and {ink:.2f} on digits. In brackets: 95 % intervals.\n\n"

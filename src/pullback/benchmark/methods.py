@@ -24,7 +24,6 @@ LEFT_OUT = {
     "attention_relevance": "for attention, which neither network has",
     "attention_rollout": "for attention, which neither network has",
     "attention_weights": "for attention, which neither network has",
-    "similar_detections": "for detectors",
 }
 
 
@@ -46,9 +45,11 @@ def edges(params: Any, model: Any, x: Tensor, target: Any) -> Tensor:
     return (across**2 + down**2).sum(1, keepdim=True).sqrt()
 
 
-def xrai_of_its_segments(params: Any, model: Any, x: Tensor, target: Any, **options: Any) -> Tensor:
+def xrai_of_its_segments(
+    params: Any, model: Any, x: Tensor, target: Any, *, scales: tuple[float, ...], **options: Any
+) -> Tensor:
     """XRAI on Felzenszwalb's segments of the image."""
-    segments = pullback.felzenszwalb_segments(x[0].expand(3, -1, -1), (150, 500, 1200))
+    segments = pullback.felzenszwalb_segments(x[0].expand(3, -1, -1), scales)
     return pullback.xrai(params, model, x, target, segments=segments, **options)
 
 
@@ -78,7 +79,7 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
     """Every public method that gives a map of one image, and the controls.
 
     Args:
-        examples: From which backgrounds are taken.
+        examples: The last three are the backgrounds of methods that need data.
         places: The network's layers.
         steps: Of paths, and noisy copies.
         samples: Of methods that run the model on covered inputs.
@@ -89,10 +90,8 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
     peak: dict[str, Any] = {"reduce": "peak"}
     path, scored = {"steps": steps, **chunk}, {"layer": places.narrow, **chunk}
     half = {"steps": max(steps // 2, 2), **chunk}
-    lightest, darkest = (torch.stack([e.x for e in examples[:4]]).amax((0, 2, 3)), x.amin((1, 2)))
-    flat = torch.stack(
-        [colour[:, None, None].expand_as(x) for colour in (lightest, darkest, torch.zeros_like(darkest))]
-    )
+    others = torch.stack([e.x for e in examples[-3:]])
+    scales = tuple(round(scale * size[0] / 224, 1) for scale in (150, 500, 1200))
     features = cells(size, side)
     coarse = cells(size, max(side // 2, 3))
     window = tuple(n // 4 for n in size)
@@ -108,7 +107,7 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
         "deconvnet": Entry(pullback.deconvnet, **peak),
         "smooth_grad": Entry(pullback.smooth_grad, {"samples": steps, "chunk_size": 4}, **peak),
         "integrated_gradients": Entry(pullback.integrated_gradients, path),
-        "expected_gradients": Entry(pullback.expected_gradients, {"samples": steps, "baselines": flat, **chunk}),
+        "expected_gradients": Entry(pullback.expected_gradients, {"samples": steps, "baselines": others, **chunk}),
         "blur_integrated_gradients": Entry(pullback.blur_integrated_gradients, path),
         "guided_integrated_gradients": Entry(pullback.guided_integrated_gradients, {"steps": steps}),
         "idgi": Entry(pullback.idgi, path),
@@ -116,7 +115,7 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
         "conductance": Entry(pullback.conductance, {**half, **at}),
         "internal_influence": Entry(pullback.internal_influence, {**half, **at}),
         "full_grad": Entry(pullback.full_grad),
-        "xrai": Entry(xrai_of_its_segments, half),
+        "xrai": Entry(xrai_of_its_segments, {**half, "scales": scales}),
         "cam": Entry(pullback.cam, {**at, "head": places.head}),
         "grad_cam": Entry(pullback.grad_cam, at),
         "linear_approx": Entry(pullback.linear_approx, at),
@@ -142,7 +141,7 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
             pullback.contrastive_excitation_backprop, {"layer": places.fine, "contrast_layer": places.contrast}
         ),
         "deep_lift": Entry(pullback.deep_lift),
-        "deep_lift_shap": Entry(pullback.deep_lift_shap, {"baselines": flat}),
+        "deep_lift_shap": Entry(pullback.deep_lift_shap, {"baselines": others}),
         "occlusion": Entry(pullback.occlusion, {**covered, **chunk}),
         "rise": Entry(pullback.rise, {**masked, "squash": "softmax"}),
         "sobol_attribution": Entry(pullback.sobol_attribution, {"samples": max(samples // 38, 2), "cells": 6, **chunk}),
@@ -150,7 +149,7 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
         "feature_ablation": Entry(pullback.feature_ablation, {"features": features, **chunk}),
         "feature_permutation": Entry(
             pullback.feature_permutation,
-            {"features": features, "background": torch.stack([e.x for e in examples[:4]]), "samples": 2, **chunk},
+            {"features": features, "background": others, "samples": 2, **chunk},
         ),
         "shapley_values": Entry(pullback.shapley_values, {"features": cells(size, 3), **chunk}),
         "shapley_sampling": Entry(
@@ -181,15 +180,15 @@ DEAR = {
         "smooth_grad integrated_gradients expected_gradients blur_integrated_gradients guided_integrated_gradients "
         "idgi neuron_conductance conductance internal_influence smooth_grad_cam_plus_plus xrai deep_lift_shap "
         "occlusion feature_ablation".split(),
-        (4, 50, None),
+        (3, 50, 2),
     ),
     **dict.fromkeys(
         "score_cam ss_cam is_cam ablation_cam rise sobol_attribution hsic_attribution feature_permutation "
         "shapley_sampling kernel_shap lime".split(),
-        (2, 25, None),
+        (1, 25, 1),
     ),
-    **dict.fromkeys("extremal_perturbation meaningful_perturbation".split(), (2, 10, 2)),
-    "shapley_values": (0, 25, 2),
+    **dict.fromkeys("extremal_perturbation meaningful_perturbation".split(), (1, 10, 1)),
+    "shapley_values": (0, 25, 1),
 }  # fmt: skip
 
 

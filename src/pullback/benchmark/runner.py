@@ -41,7 +41,8 @@ class Entry:
     Args:
         method: ``method(params, model, x, target, **options)``.
         options: Passed to it.
-        reduce: How channels become a map: ``"sum"`` for shares of the score, ``"peak"`` for sensitivities.
+        reduce: How channels become a map: ``"sum"`` for shares of the score, ``"peak"``, the largest magnitude, for
+            sensitivities, whose sign says nothing of where.
         examples: Judge it on the first so many examples only. All if omitted.
         together: Explain all targets at once, under `vmap`. Where False, one after the other.
     """
@@ -53,8 +54,8 @@ class Entry:
     together: bool = True
 
     def reduced(self, attribution: Tensor) -> Tensor:
-        """Bring an attribution's channels together, if it has several."""
-        if attribution.ndim != 4 or attribution.shape[1] == 1:
+        """Bring an attribution's channels together."""
+        if attribution.ndim != 4:
             return attribution
         return maps.channel_peak(attribution) if self.reduce == "peak" else maps.channel_sum(attribution)
 
@@ -133,16 +134,6 @@ def rows_of(line: dict[str, Any]) -> Iterator[Row]:
                 "chance": line["chance"][str(target)],
                 "seconds": line["seconds"],
             }
-
-
-def rows_in(out: str | Path) -> list[Row]:
-    """Read the tidy table of all that a folder holds; empty where it holds nothing."""
-    first_line, *lines = [*lines_of(Path(out) / FILE)] or [{"about": {}}]
-    rows: dict[tuple[str, ...], Row] = {}
-    for line in lines:
-        for row in rows_of(line):
-            rows.setdefault(_key(row), {**first_line["about"], **row})
-    return list(rows.values())
 
 
 class Journal:
@@ -362,7 +353,7 @@ class _bar:
             self.bar.close()
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
+# -- tables -----------------------------------------------------------------------------------------------------------
 
 
 def write_table(rows: Sequence[Row], file: str | Path) -> Path:
@@ -395,3 +386,12 @@ def write_table(rows: Sequence[Row], file: str | Path) -> Path:
     finally:
         draft.unlink(missing_ok=True)
     return file
+
+
+def read_table(file: str | Path) -> list[Row]:
+    """Read a tidy table that `write_table` wrote as CSV."""
+    with Path(file).open(newline="", encoding="utf-8") as handle:
+        return [
+            {**row, "target": int(row["target"]), **{k: float(row[k]) for k in ("value", "chance", "seconds")}}
+            for row in csv.DictReader(handle)
+        ]

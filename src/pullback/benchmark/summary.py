@@ -160,9 +160,9 @@ def figure(columns: Mapping[str, Sequence[Summary]], *, figure: Figure | None = 
         if about is not None and about.chance == "share":
             chance = float(np.mean([s.chance for s in found]))
             ax.axvline(chance, color="0.6", lw=1, ls=":")
-            ax.annotate("chance", (chance, len(names) - 0.4), fontsize=7, color="0.4", ha="left", rotation=0)
+            ax.annotate("chance", (chance, len(names)), fontsize=7, color="0.4", ha="left")
         ax.set_title(head, fontsize=9)
-        ax.set_ylim(len(names) - 0.3, -0.7)
+        ax.set_ylim(len(names) + 0.2, -0.7)
         ax.set_yticks(range(len(names)), names, fontsize=7.5)
         ax.tick_params(axis="x", labelsize=7.5)
         ax.grid(axis="y", color="0.93", lw=0.6)
