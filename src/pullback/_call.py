@@ -28,6 +28,7 @@ from pullback._targets import (
     Pull,
     check_indices,
     check_range,
+    clean,
     head_input,
     measuring,
     note_forward,
@@ -665,6 +666,11 @@ def cotangent(output: Tensor, target: Target) -> Tensor:
     if target is None:
         _checked_scores(output.reshape(output.shape[:1]) if output.shape[1:] == (1,) else output, output, given=False)
         return torch.ones_like(output)
+    if type(target) is int and output.ndim > 1:  # what follows does the same, in more operations
+        check_range(target, output.shape[1])
+        hot = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+        hot.select(1, target).fill_(1)
+        return hot
     target = _as_tensor(target, output)
     if target.is_floating_point() or target.is_complex():
         return target.to(output.dtype).expand_as(output)
@@ -738,7 +744,7 @@ def _as_tensor(target: Any, output: Tensor) -> Tensor:
     elif isinstance(given, Tensor) and readable(given):
         check_range(given, output.shape[1])
     else:
-        check_indices(output.shape[1])
+        check_indices(given, output.shape[1])
     return target
 
 
@@ -747,5 +753,7 @@ def _one_hot(index: Tensor, output: Tensor) -> Tensor:
     classes, rest = output.shape[1], [1] * (output.ndim - 2)
     index = index.long().reshape(-1, 1)
     hot = (torch.arange(classes, device=output.device) == index).to(output.dtype)
+    if clean():
+        return hot.reshape(*hot.shape, *rest)
     hot = torch.where((index < 0) | (index >= classes), torch.full_like(hot, float("nan")), hot)
     return hot.reshape(*hot.shape, *rest)

@@ -21,9 +21,7 @@ from torch import Tensor, nn
 
 Params = Mapping[str, Tensor] | tuple[Mapping[str, Tensor], ...]
 
-_OWN_DICTS = (
-    "_parameters",
-    "_buffers",
+_HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_forward_hooks_with_kwargs",
@@ -33,7 +31,8 @@ _OWN_DICTS = (
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _SKIPPED = frozenset(
     (
-        *(*_OWN_DICTS, *_BACKWARD_HOOKS, "_modules", "training", "_non_persistent_buffers_set"),
+        *(*_HOOKS, *_BACKWARD_HOOKS, "_parameters", "_buffers", "_modules"),
+        *("training", "_non_persistent_buffers_set", "_compiled_call_impl", "_is_full_backward_hook"),
         *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
     )
 )
@@ -143,37 +142,39 @@ class Shell:
         copy = object.__new__(type(module))
         attributes = copy.__dict__
         attributes.update(module.__dict__)
+        attributes["training"] = False
         self._copies[id(module)] = copy
         self._originals.append(module)
         if path is not None:
             self._paths[path] = copy
-        for name in _OWN_DICTS:
-            if name in attributes:  # some are newer than the oldest torch
-                attributes[name] = type(attributes[name])(attributes[name])
+        for name in _HOOKS:
+            hooks = attributes.get(name)
+            if hooks is not None:  # some are newer than the oldest torch
+                attributes[name] = hooks.copy() if hooks else OrderedDict()
         for name in _BACKWARD_HOOKS:
             if attributes.get(name) and not self._keeps_backward_hooks:
                 self.unheard.append(path or type(module).__name__)
                 attributes[name] = OrderedDict()
-        attributes["training"] = False
         if attributes.get("_compiled_call_impl") is not None:  # set by `module.compile()`
             attributes["_compiled_call_impl"] = None
-        for owned in (attributes["_parameters"], attributes["_buffers"]):
-            for name, tensor in owned.items():
-                if tensor is not None:
-                    self._slots.setdefault(id(tensor), []).append((owned, name))
-        if not isinstance(module, nn.modules.batchnorm._NormBase):
+        for kind in ("_parameters", "_buffers"):
+            owned = attributes[kind]
+            if owned:
+                attributes[kind] = owned = owned.copy()
+                for name, tensor in owned.items():
+                    if tensor is not None:
+                        self._slots.setdefault(id(tensor), []).append((owned, name))
+            else:
+                attributes[kind] = {}
+        if attributes["_buffers"] and not isinstance(module, nn.modules.batchnorm._NormBase):
             for name, buffer in attributes["_buffers"].items():
                 if buffer is not None and buffer.numel() <= 1:  # a counter that `forward` moves in place
                     attributes["_buffers"][name] = buffer.clone()
-        attributes["_modules"] = type(module._modules)(
-            (
-                name,
-                None
-                if child is None
-                else self._copy(child, None if path is None else f"{path}.{name}" if path else name),
-            )
-            for name, child in module._modules.items()
-        )
+        children = module._modules
+        attributes["_modules"] = copies = type(children)()
+        for name, child in children.items():
+            below = None if path is None else f"{path}.{name}" if path else name
+            copies[name] = None if child is None else self._copy(child, below)
         return copy
 
     def _rebind(self, original: nn.Module, copy: nn.Module) -> None:
@@ -185,7 +186,7 @@ class Shell:
             if bound is not value:
                 attributes[name] = bound
         for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-            for key, hook in attributes[hooks].items():
+            for key, hook in attributes[hooks].items() if attributes[hooks] else ():
                 attributes[hooks][key] = self._bound(hook)
         forward = original.__dict__.get("forward")
         if isinstance(forward, types.FunctionType):

@@ -38,6 +38,7 @@ class _Many:
     chunk_size: int | Literal["auto"] | None
     level: int = 0
     largest: int = 0  # bytes that the largest operation of the forward put out
+    clean: bool | None = None  # whether all indices met are known to be classes
     head: tuple[Tensor, Tensor] | None = None  # input and weight of a linear map that gives the output
 
 
@@ -120,18 +121,32 @@ def readable(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
-def check_range(target: Tensor | np.ndarray, classes: int) -> None:
-    if len(target.reshape(-1)):
-        low, high = int(target.min()), int(target.max())
+def check_range(target: int | Tensor | np.ndarray, classes: int) -> None:
+    if isinstance(target, int) or len(target.reshape(-1)):
+        low, high = (target, target) if isinstance(target, int) else (int(target.min()), int(target.max()))
         if low < 0 or high >= classes:
             raise ValueError(f"`target` must lie in 0 ... {classes - 1}, got {low if low < 0 else high}.")
 
 
-def check_indices(classes: int) -> None:
-    """Check the targets that are run together: one by one they cannot be read."""
+def check_indices(target: Any, classes: int) -> None:
+    """Check the targets that are run together, of which `target` is made: one by one they cannot be read."""
     running = _running()
-    if running is not None and readable(running.targets) and not running.targets.is_floating_point():
+    if running is None:
+        return
+    if readable(running.targets) and not running.targets.is_floating_point():
         check_range(running.targets, classes)
+        if functorch.is_batchedtensor(target):
+            target = functorch.get_unwrapped(target)
+            if readable(target) and target.data_ptr() == running.targets.data_ptr():
+                running.clean = running.clean is not False
+                return
+    running.clean = False
+
+
+def clean() -> bool:
+    """Say whether every index of the targets that are run together is known to be a class."""
+    running = _running()
+    return running is not None and running.clean is True
 
 
 def measuring() -> bool:
@@ -192,7 +207,7 @@ def shared_pull(back: Back, outputs: tuple[Tensor, ...]) -> Pull:
 
 def _finished(gradients: Tensors, cotangent: Tensor, reduce: Reduce | None) -> Tensors:
     result = gradients if reduce is None else reduce(gradients)
-    return result if readable(cotangent) else tuple(_poisoned(r, cotangent) for r in result)
+    return result if clean() or readable(cotangent) else tuple(_poisoned(r, cotangent) for r in result)
 
 
 def _combined(

@@ -65,10 +65,10 @@ class _TracedRectifier(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, high: float, variant: str, at: int | None) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        passes = x >= 0 if variant == "guided_torchray" else x > 0
-        if high == float("inf"):
-            return x.clamp(min=0), passes
-        return x.clamp(0, high), passes & (x < high)
+        y = x.clamp(min=0) if high == float("inf") else x.clamp(0, high)
+        # 0 and 1 in the dtype of x: comparisons, and products with them, are slow on a CPU
+        passes = 1 - x.clamp(max=0).abs().sign() if variant == "guided_torchray" else y.sign()
+        return y, passes if high == float("inf") else passes * (high - y).sign()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
