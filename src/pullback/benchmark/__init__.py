@@ -16,7 +16,7 @@ writes it as CSV or Parquet. `entries` lists every public method at a budget tha
     python -m pullback.benchmark all --out out/benchmark
     python -m pullback.benchmark --help
 
-Optional packages are imported where they are needed: ``pip install 'pullback[test]'`` has them all.
+Optional packages are imported where they are needed: ``pip install 'pullback[judge]'``.
 """
 
 from pullback.benchmark.annotations import coco as coco

@@ -106,7 +106,7 @@ def photographs(folder: str | Path | None = None) -> list[Photograph]:
     """
     if folder is not None:
         return [Photograph(str(file), pixels_of(file), (label,)) for file, label in labelled(folder, imagenet_index)]
-    skimage, sklearn, matplotlib = needed("demo", "skimage", "sklearn", "matplotlib")
+    skimage, sklearn, matplotlib = needed("judge", "skimage", "sklearn", "matplotlib")
     images, flowers = Path(skimage.data_dir), Path(sklearn.__file__).parent / "datasets" / "images"
     found = {
         "chelsea": (images / "chelsea.png", (282, 285)),  # a cat, tabby or Egyptian
@@ -299,7 +299,7 @@ def digits(*, count: int = 100, epochs: int = 14, seed: int = 0) -> tuple[nn.Mod
     Returns:
         The network in eval mode, with ``accuracy`` on the digits kept for judging, and the examples.
     """
-    (datasets,) = needed("test", "sklearn.datasets")
+    (datasets,) = needed("judge", "sklearn.datasets")
     found = datasets.load_digits()
     draw = np.random.default_rng(seed)
     order = draw.permutation(len(found.images))
