@@ -9,6 +9,7 @@ Layer-wise relevance propagation is covered by patents in some places: before yo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ from pullback._call import (
 from pullback._relevance import LINEAR, Remembering, nonzero
 from pullback._shell import named_layers, nearest
 from pullback._taps import Site
-from pullback.rules import Rules, contrasted, excitation_table, table_of
+from pullback._torch import compiling
+from pullback.rules import Rules, contrasted, excitation, excitation_table, last, table_of
 
 
 def _times_activation(pulled: Pulled, cotangents: Sequence[Tensor]) -> Any:
@@ -260,6 +262,7 @@ def contrastive_excitation_backprop(
     names = [name for name, _ in named_layers(model)]
     if contrast_layer is not None and Site.parse(contrast_layer, at).name not in names:
         raise ValueError(f"No layer `{contrast_layer}` in the model. {nearest(contrast_layer, names)}")
+    by_itself = classifier is None and not compiling()
     if classifier is None:
         linear = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         classifier = next((n for n, layer in reversed([*named_layers(model)]) if isinstance(layer, linear)), None)
@@ -271,10 +274,16 @@ def contrastive_excitation_backprop(
         met.append(True)
         return contrast(*args, **kwargs)
 
-    contrast = contrasted()
-    table = table_of({**excitation_table(), **{(classifier, operation): Remembering(rule) for operation in LINEAR}})
+    def ending(*given: Any) -> Any:
+        return (plain if met else contrast).shares(*given)  # pyright: ignore[reportOptionalCall]
+
+    contrast, plain = contrasted(), excitation()
+    chosen = excitation_table()
+    if by_itself:  # where the classifier's forward is called past the layer, the last map is it
+        chosen |= dict.fromkeys(LINEAR, last(replace(contrast, shares=ending), plain))
+    table = table_of({**chosen, **{(classifier, operation): Remembering(rule) for operation in LINEAR}})
     pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table, strict=strict)
-    if not met:
+    if not met and not by_itself:
         raise ValueError(f"`classifier` must name a linear layer or a convolution that runs, got {classifier!r}.")
     return _times_activation(pulled, pulled.pull(_probability(pulled.output, target)))
 
