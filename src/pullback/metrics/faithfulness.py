@@ -443,8 +443,8 @@ def completeness(
 
     .. math:: \Big| \sum_i a_i - \big( f_t(x) - f_t(b) \big) \Big|
 
-    At least 0, lower is better; not bounded. Complete methods reach 0, up to the error of an integral. Costs 2 forwards,
-    in one batch.
+    At least 0, lower is better; not bounded. Complete methods reach 0, up to the error of an integral. Costs 2
+    forwards, in one batch.
 
     Args:
         params, model, x, target, output, strict: See `gradient`.

@@ -53,21 +53,27 @@ def _mean_ranks(values: Tensor) -> Tensor:
     ordered, order = torch.sort(values, dim=-1)
     rises = torch.nn.functional.pad((ordered[..., 1:] != ordered[..., :-1]).long(), (1, 0))
     group = rises.cumsum(-1)
-    place = torch.arange(values.shape[-1], device=values.device, dtype=values.dtype).expand_as(values)
-    empty = torch.zeros_like(values)
-    mean = empty.scatter_add(-1, group, place) / empty.scatter_add(-1, group, torch.ones_like(place)).clamp(min=1)
-    return empty.scatter(-1, order, mean.gather(-1, group))
+    place = torch.arange(values.shape[-1], device=values.device).expand_as(order)
+    empty = torch.zeros_like(order)
+    size = empty.scatter_add(-1, group, torch.ones_like(order))
+    mean = empty.scatter_add(-1, group, place) / size.clamp(min=1)
+    return torch.zeros_like(values).scatter(-1, order, mean.gather(-1, group).to(values.dtype))
 
 
 _SIMILARITIES = {"spearman": _spearman, "pearson": _pearson, "cosine": _cosine}
 
 
 def _likeness(similarity: Similarity) -> Callable[[Tensor, Tensor], Tensor]:
+    """Give the function that compares ``[sample batch value]`` with ``[batch value]``, ``[sample batch]``."""
     if isinstance(similarity, str):
         if similarity not in _SIMILARITIES:
             raise ValueError(f"`similarity` must be one of {', '.join(_SIMILARITIES)}, or a function: {similarity!r}.")
         return _SIMILARITIES[similarity]
-    return similarity
+
+    def of_pairs(a: Tensor, b: Tensor) -> Tensor:
+        return similarity(a.flatten(0, 1), b.expand_as(a).flatten(0, 1)).unflatten(0, a.shape[:2])
+
+    return of_pairs
 
 
 def _flat(explanation: Any, axes: int) -> Tensor:
@@ -176,9 +182,7 @@ def parameter_randomisation(
                 changed = _flat(explain({name: tensor[0] for name, tensor in new.items()}), 1).unsqueeze(0)
             else:
                 changed = _flat(torch.vmap(explain, randomness="same")(new), 2)
-            found[stage].append(
-                alike(changed.flatten(0, 1), original.repeat(len(part), 1)).unflatten(0, (len(part), -1))
-            )
+            found[stage].append(alike(changed, original))
             done = stage + 1 + len(stages) * (part.start // (chunk_size or samples))
             report(progress, done, len(stages) * -(-samples // (chunk_size or samples)))
     values = torch.stack([torch.cat(parts) for parts in found])  # [layer sample batch]
@@ -281,5 +285,4 @@ def random_logit(
     targets = torch.cat((own[None], (own + step) % classes))  # [target batch]
     options = options if output is None else {**options, "output": output}
     explained = _flat(over_targets(method, chunk_size=chunk_size)(params, model, x, targets, **options), 2)
-    found = alike(explained[1:].flatten(0, 1), explained[:1].expand_as(explained[1:]).flatten(0, 1))
-    return found.unflatten(0, (samples, batch)).mean(0)
+    return alike(explained[1:], explained[0]).mean(0)
