@@ -644,6 +644,8 @@ def test_markdown_and_figure():
     assert [label.get_text() for label in left.get_yticklabels()] == ["high", "low", "none"]
     assert left.lines[0].get_xdata().tolist() == pytest.approx([0.9, 0.2])
     assert left.get_ylim()[0] > left.get_ylim()[1]  # the best one on top
+    alone = benchmark.markdown({"energy": benchmark.summarise([row(0.5)])}, notes={"why": {"m": "so"}})
+    assert alone.splitlines()[2] == "| m | 0.50 | so |"  # one group has no interval
     lower = benchmark.summarise([row(v, method=n, metric="deletion") for n, v in (("a", 0.5), ("b", 0.1))])
     assert benchmark.markdown({"deletion": lower}).splitlines()[2].startswith("| b |")  # less is better
 
@@ -730,7 +732,7 @@ def test_the_readme_block(tmp_path):
     assert text.endswith("<!-- /measured -->\nafter\n")
     assert "old" not in text
     assert "\n| `gradient` |" in text
-    assert "1.00 (1.00 to 1.00) |" in text.split("edges (control)")[1].splitlines()[0]  # blind to weights
+    assert "1.00 (1.00 to 1.00) | 6 / 6 / 6 |" in text.split("edges (control)")[1].splitlines()[0]  # blind to weights
     (tmp_path / "none.md").write_text("")
     with pytest.raises(Problem, match="no lines <!-- measured -->"):
         command.readme(command.parser().parse_args(["readme", str(tmp_path / "none.md")]))

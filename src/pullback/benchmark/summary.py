@@ -106,19 +106,27 @@ def _mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.divide(sums, counts, out=np.zeros_like(sums), where=drawn).sum(1) / drawn.sum(1)
 
 
-def markdown(columns: Mapping[str, Sequence[Summary]], *, digits: int = 2) -> str:
+def markdown(
+    columns: Mapping[str, Sequence[Summary]], *, digits: int = 2, notes: Mapping[str, Mapping[str, str]] | None = None
+) -> str:
     """Lay summaries out as a Markdown table, a row for each method, best first in the first column.
 
     Args:
         columns: From a heading to summaries of one metric, one for each method.
         digits: After the point.
+        notes: More columns, from a heading to a text for each method.
+
+    Returns:
+        The table. A mean over one group has no interval.
     """
+    notes = notes or {}
     tables = {head: {s.method: s for s in column} for head, column in columns.items()}
     first = next(iter(tables.values()))
     names = sorted({name for table in tables.values() for name in table}, key=lambda n: _rank(first.get(n)))
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    lines = ["| method | " + " | ".join([*columns, *notes]) + " |", "|---" * (1 + len(columns) + len(notes)) + "|"]
     for name in names:
         cells = [_cell(table.get(name), digits) for table in tables.values()]
+        cells += [note.get(name, "") for note in notes.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -132,6 +140,8 @@ def _rank(summary: Summary | None) -> tuple[bool, float]:
 def _cell(summary: Summary | None, digits: int) -> str:
     if summary is None or np.isnan(summary.mean):
         return "–"
+    if summary.groups < 2:
+        return f"{summary.mean:.{digits}f}"
     return f"{summary.mean:.{digits}f} ({summary.low:.{digits}f} to {summary.high:.{digits}f})"
 
 
