@@ -139,3 +139,15 @@ def ours(case: dict[str, Any], model: nn.Module) -> Any:
         "LayerConductance": pullback.conductance,
     }[method]
     return function(*args, **where, **(path if "steps" in options else {}))
+
+
+def as_captum_sums(case: dict[str, Any], model: nn.Module) -> Any:
+    """What the project returns, with the one thing changed that captum does otherwise."""
+    options = value(case["options"])
+    factor = 1.0
+    if options.get("quadrature") == "trapezoid":  # captum divides by the number of points, not of intervals
+        factor = (options["steps"] - 1) / options["steps"]
+    if any(isinstance(module, nn.Dropout) for module in model.modules()):  # the case was run in training mode
+        (dropout,) = (module for module in model.modules() if isinstance(module, nn.Dropout))
+        factor /= 1 - dropout.p
+    return torch.utils._pytree.tree_map(lambda a: None if a is None else factor * a, ours(case, model))

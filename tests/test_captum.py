@@ -16,24 +16,20 @@ CASES = captum_cases.stored()["cases"]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['method']}-{case['layer']}")
 def test_values(case):
-    """A tolerance of 2% stands where captum's sum over points differs: see `docs/from-captum.md`."""
+    """With the one thing changed that captum does otherwise; see `docs/from-captum.md`.
+
+    2% are left to `LayerConductance`, whose differences `benchmarks/agreement.py` takes, and to a saturated softmax.
+    """
     model = captum_cases.model_of(captum_cases.stored()["models"][case["model"]])
+    theirs = pytree.tree_leaves(captum_cases.value(case["expected"]))
+    saturated = "Conductance" in case["method"] and max(float(b.abs().max()) for b in theirs) < 1e-6
+    tolerance = 0.02 if saturated or case["method"] == "LayerConductance" else 1e-4
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # rules tell of softmax in one of the networks
-        ours = [part for part in pytree.tree_flatten(captum_cases.ours(case, model))[0] if part is not None]
-        theirs = pytree.tree_flatten(captum_cases.value(case["expected"]))[0]
-        assert len(ours) == len(theirs) > 0
-        worst = distance(ours, theirs)
-        if worst > case["tolerance"] and not torch.__version__.startswith("2.13"):
-            exact = pytree.tree_flatten(captum_cases.ours(captum_cases.in_double(case), model.double()))[0]
-            if distance([part for part in exact if part is not None], theirs) > case["tolerance"]:
-                pytest.skip("where softmax saturates, float32 is rounding, and captum's numbers are that of torch 2.13")
-    assert worst <= case["tolerance"]
-
-
-def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """The largest difference, as a part of the largest value."""
-    return max(float((a.double() - b).abs().max() / (b.abs().max() + 1e-6)) for a, b in zip(ours, theirs))
+        ours = [part for part in pytree.tree_leaves(captum_cases.as_captum_sums(case, model)) if part is not None]
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * (float(b.abs().max()) + 1e-6))
 
 
 TABLE = (Path(__file__).parents[1] / "docs" / "from-captum.md").read_text(encoding="utf-8")
@@ -50,13 +46,38 @@ def test_calls_of_the_table_run(theirs, ours):
     params, x = pullback.params_of(model), torch.randn(2, 3, 8, 8)
     names = {"model": model, "params": params, "x": x, "t": 1, "name": "2", "data": torch.randn(3, 3, 8, 8)}
     names |= {"unit": lambda y: y[:, 1, 2, 2], "place": (1, 2, 2), "weigh": captum_cases.signed_grad_cam}
+    names |= {"parts": torch.arange(192).reshape(3, 8, 8) // 48}
     names |= {name: getattr(pullback, name) for name in pullback.__all__} | {"pullback": pullback}
     result = eval(ours, names)
     assert torch.isfinite(result).all()
     at_layer = theirs.startswith(("Layer", "InternalInfluence"))
-    shape = {"LayerGradCam": (2, 1, 4, 4)}.get(theirs, (2, 4, 4, 4) if at_layer else (2, 3, 8, 8))
+    shape = {"LayerGradCam": (2, 1, 4, 4), "Occlusion": (2, 1, 8, 8)}.get(
+        theirs, (2, 4, 4, 4) if at_layer else (2, 3, 8, 8)
+    )
     assert result.shape == shape
 
 
-def test_the_table_is_whole():
-    assert len(ROWS) >= 22
+CLASSES = """
+    InternalInfluence LayerActivation LayerConductance LayerDeepLift LayerDeepLiftShap LayerFeatureAblation
+    LayerFeaturePermutation LayerGradCam LayerGradientShap LayerGradientXActivation LayerIntegratedGradients LayerLRP
+    NeuronConductance NeuronDeconvolution NeuronDeepLift NeuronDeepLiftShap NeuronFeatureAblation NeuronGradient
+    NeuronGradientShap NeuronGuidedBackprop NeuronIntegratedGradients
+""".split()
+
+
+def test_every_class_at_a_layer_or_a_neuron_has_its_row():
+    assert set(CLASSES) <= {theirs for theirs, _ in ROWS}
+
+
+def test_a_permuted_layer_is_ablated_to_another_example():
+    """`LayerFeaturePermutation`: the score less that where one entry of the activation is another example's."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    h = model[0](x).detach()
+    ours = pullback.feature_ablation({}, model, x, 1, layer="0", baseline=h.flip(0))
+    for entry in range(4):
+        moved = h.clone()
+        moved[:, entry] = h.flip(0)[:, entry]
+        expected = (model[2](h.tanh()) - model[2](moved.tanh()))[:, 1].detach()
+        torch.testing.assert_close(ours[:, entry], expected)
