@@ -75,13 +75,13 @@ def run_script(folder, text, *command, **environment):
     path.write_text(textwrap.dedent(text))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)} | environment
     got = subprocess.run(
-        [sys.executable, *command, str(path)], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, *command, str(path)], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
     )
     assert got.returncode == 0, got.stderr[-3000:]
     return got.stdout.splitlines()
 
 
-@pytest.mark.parametrize("moment", ["time", "file"])
+@pytest.mark.parametrize("moment", ["time", pytest.param("file", marks=pytest.mark.slow)])
 def test_killed_at_five_random_moments(setting, moment):
     """Some time after the start, or where one of the run's files is about to be moved to its place.
 
