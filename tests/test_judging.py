@@ -736,6 +736,11 @@ def test_the_readme_block(tmp_path):
     (tmp_path / "none.md").write_text("")
     with pytest.raises(Problem, match="no lines <!-- measured -->"):
         command.readme(command.parser().parse_args(["readme", str(tmp_path / "none.md")]))
+    file.write_text("<!-- agreement -->\n\n<!-- /agreement -->\n")
+    assert command.main(["readme", str(file), "--out", str(tmp_path)]) == 0
+    assert "| gradient | 76.3 | 72.3 |" in file.read_text()
+    assert command._likeness([1.0, 2.0, 2.0, 5.0], [0.1, 0.3, 0.3, 0.4]) == pytest.approx(1)
+    assert command._likeness([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
     with pytest.raises(Problem, match="holds no results"):
         command.measured(tmp_path / "nowhere")
 

@@ -33,7 +33,19 @@ from pullback.cli._asked import chosen_methods, public_methods, settle_layers
 from pullback.cli._explain import PEAK_OVER_CHANNELS
 
 FAILS = 0.5  # likeness of maps before and after all weights are drawn anew, from which a method fails
-BETWEEN = re.compile(r"(?<=<!-- measured -->\n).*?(?=\n<!-- /measured -->)", re.DOTALL)
+# mean accuracy over classes in %, VOC 2007 test, all images, VGG-16 and ResNet-50: Fong, Patrick & Vedaldi,
+# Understanding Deep Networks via Extremal Perturbations and Smooth Masks, 2019
+PUBLISHED = {
+    "centre (control)": (69.6, 69.6),
+    "deconvnet": (67.5, 68.6),
+    "gradient": (76.3, 72.3),
+    "guided_backprop": (75.9, 77.2),
+    "excitation_backprop": (77.1, 84.5),
+    "contrastive_excitation_backprop": (79.9, 90.7),
+    "rise": (86.9, 86.4),
+    "grad_cam": (86.6, 90.4),
+    "extremal_perturbation": (88.0, 88.9),
+}
 Metrics = Mapping[str, Mapping[str, Any]]
 
 INSIDE: Metrics = {"energy_pointing_game": {}, "pointing_game": {"tolerance": 1}}
@@ -154,21 +166,54 @@ def local(arguments: argparse.Namespace) -> None:
 
 
 def readme(arguments: argparse.Namespace) -> None:
-    """Write what `all` found into the marked block of a file."""
-    file = Path(arguments.file)
+    """Write what `all` found into the marked blocks of a file."""
+    file, out, found = Path(arguments.file), Path(arguments.out), False
     text = file.read_text(encoding="utf-8")
-    if not BETWEEN.search(text):
+    for mark, block in (("measured", measured), ("agreement", agreement)):
+        between = re.compile(rf"(?<=<!-- {mark} -->\n).*?(?=\n<!-- /{mark} -->)", re.DOTALL)
+        if between.search(text):
+            found, new = True, block(out)
+            text = between.sub(lambda _, new=new: new, text)
+    if not found:
         raise Problem(f"{str(file)!r} has no lines <!-- measured --> and <!-- /measured --> to write between")
-    file.write_text(BETWEEN.sub(lambda _: measured(Path(arguments.out)), text), encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
+
+
+def found_in(out: Path, name: str) -> dict[str, list[Summary]]:
+    if not (out / name / "results.csv").is_file():
+        raise Problem(f"{str(out / name)!r} holds no results: run `python -m pullback.benchmark all` first")
+    return columns_of(read_table(out / name / "results.csv"))
+
+
+def agreement(out: Path) -> str:
+    """The published pointing game beside what was found on mosaics and digits, and how alike the rankings are."""
+    ours = {"mosaics, share": ("mosaics", "energy"), "mosaics, peak": ("mosaics", "pointing"),
+            "digits, share": ("digits", "energy"), "digits, peak": ("digits", "pointing")}  # fmt: skip
+    columns = {head: {s.method: s.mean for s in found_in(out, name)[metric]} for head, (name, metric) in ours.items()}
+    lines = ["| | VGG-16 | ResNet-50 | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
+    for method, published in PUBLISHED.items():
+        cells = [f"{value:.1f}" for value in published]
+        cells += [f"{means[method]:.2f}" if method in means else "–" for means in columns.values()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    for place, network in enumerate(("VGG-16", "ResNet-50")):
+        cells = ["–", "–"]
+        for means in columns.values():
+            shared = [m for m in PUBLISHED if m in means and not np.isnan(means[m])]
+            cells.append(f"{_likeness([PUBLISHED[m][place] for m in shared], [means[m] for m in shared]):.2f}")
+        lines.append(f"| *rank correlation with {network}* | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _likeness(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's rank correlation; equal values share the mean of their ranks."""
+    ranks = [[sum(v < w for v in values) + (sum(v == w for v in values) - 1) / 2 for w in values]
+             for values in (one, other)]  # fmt: skip
+    return float(np.corrcoef(*ranks)[0, 1]) if min(np.ptp(r) for r in ranks) > 0 else float("nan")
 
 
 def measured(out: Path) -> str:
     """The README's block: all methods on mosaics and digits, and which fail the randomisation test."""
-    found = {}
-    for name in ("mosaics", "digits", "tiles"):
-        if not (out / name / "results.csv").is_file():
-            raise Problem(f"{str(out / name)!r} holds no results: run `python -m pullback.benchmark all` first")
-        found[name] = columns_of(read_table(out / name / "results.csv"))
+    found = {name: found_in(out, name) for name in ("mosaics", "digits", "tiles")}
     columns = {
         "mosaics: share in its tile": found["mosaics"]["energy"],
         "mosaics: peak in its tile": found["mosaics"]["pointing"],
