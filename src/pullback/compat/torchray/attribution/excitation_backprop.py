@@ -212,7 +212,7 @@ def _table(negated: str | None = None) -> Table:
     by_layer = list(table.by_layer)
     if negated is not None:
         opposite = LinearRule(
-            "excitation", lambda x, w, b, y: [Share(1.0, [(None, (-w).clamp(min=0))], None)], 1e-20, False, False, True
+            "excitation", lambda x, w, b, y: [Share(1.0, [(None, (-w).clamp(min=0))], None)], 1e-20, False, True
         )
         by_layer += [(negated, operation, opposite) for operation in linear]
     return replace(
