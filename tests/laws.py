@@ -227,7 +227,7 @@ def ends_in_cam(case: Case) -> bool:
     return isinstance(head, torch.nn.Linear) and head.in_features == channels(case)
 
 
-CLASSIFIES = {case.name for case in CASES if case.targets and case.call(case.twin(), case.x).ndim == 2}
+CLASSIFIES = {case.name for case in (*CASES, *UNSUPPORTED) if case.targets and case.call(case.twin(), case.x).ndim == 2}
 
 GROUPED = "feature_ablation feature_permutation shapley_values shapley_sampling kernel_shap lime".split()
 
@@ -387,6 +387,7 @@ EXCEPTIONS: list[Exempt] = [
         "`vmap` cannot write a batched tensor into one that is not",
         RuntimeError,
         "doesn't match the broadcast shape",
+        methods=lambda name: name not in ("blur_integrated_gradients", "full_grad"),  # its input has no positions
         cases=lambda case: case.name == "adds a parameter in place",
         on="in-place operations that bring parameters to what has met none (`y = x.clone(); y += w`)",
     ),
