@@ -317,12 +317,12 @@ class _Overlapped(torch.autograd.Function):
         ctx.count, ctx.length = patches.shape[ctx.taps], patches.shape[ctx.cells]
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         parts = [slope.narrow(ctx.cells, tap, ctx.length) for tap in range(ctx.count)]
         return torch.stack(parts, ctx.taps), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _Overlapped.apply(tangent, ctx.taps, ctx.cells)
 
 
