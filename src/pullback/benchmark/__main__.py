@@ -208,7 +208,7 @@ def _likeness(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's rank correlation; equal values share the mean of their ranks."""
     ranks = [[sum(v < w for v in values) + (sum(v == w for v in values) - 1) / 2 for w in values]
              for values in (one, other)]  # fmt: skip
-    return float(np.corrcoef(ranks)[0, 1]) if min(np.ptp(r) for r in ranks) > 0 else float("nan")
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if min(np.ptp(r) for r in ranks) > 0 else float("nan")
 
 
 def measured(out: Path) -> str:
