@@ -17,12 +17,14 @@ from _measure import agree, arguments, finish, milliseconds, network, ratio, sec
 from torch import Tensor
 
 from pullback import deep_lift, excitation_backprop, lrp, params_of
+from pullback._networks import import_torchvision
 
 COMPOSITES = {"epsilon_plus": "EpsilonPlus", "epsilon_alpha2_beta1": "EpsilonAlpha2Beta1"}
 
 
 def zennit_cases(model: torch.nn.Module, x: Tensor, name: str) -> dict[str, Callable[[], Any]]:
     try:
+        import_torchvision()  # zennit asks for it
         from zennit import attribution, composites  # pyright: ignore[reportMissingImports]
         from zennit import torchvision as canonizers  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -38,7 +40,8 @@ def zennit_cases(model: torch.nn.Module, x: Tensor, name: str) -> dict[str, Call
             with warnings.catch_warnings(), attribution.Gradient(model=model, composite=made) as attributor:
                 warnings.simplefilter("ignore")
                 seed = torch.eye(classes, device=x.device)[[0]]
-                return attributor(x.clone().requires_grad_(), lambda y: y * seed)[1]
+                found: Any = attributor(x.clone().requires_grad_(), lambda y: y * seed)
+                return found[1]
 
         return run
 

@@ -1,5 +1,6 @@
 """The answers of captum 0.9, and the table that leads from its classes to our calls."""
 
+import copy
 import re
 import warnings
 from pathlib import Path
@@ -12,24 +13,36 @@ from torch.utils import _pytree as pytree
 import pullback
 
 CASES = captum_cases.stored()["cases"]
+SATURATED = (5, 9)  # networks that end in a softmax of large values: in float64 its derivative is 0 to twelve digits
+
+
+def leaves_of(result) -> list[torch.Tensor]:
+    return [part for part in pytree.tree_leaves(result) if part is not None]
+
+
+def size(tensor: torch.Tensor) -> float:
+    return float(tensor.abs().max())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['method']}-{case['layer']}")
 def test_values(case):
     """With the one thing changed that captum does otherwise; see `docs/from-captum.md`.
 
-    2% are left to `LayerConductance`, whose differences `benchmarks/agreement.py` takes, and to a saturated softmax.
+    2% are left to `LayerConductance`, whose differences `benchmarks/agreement.py` takes.
     """
     model = captum_cases.model_of(captum_cases.stored()["models"][case["model"]])
     theirs = pytree.tree_leaves(captum_cases.value(case["expected"]))
-    saturated = "Conductance" in case["method"] and max(float(b.abs().max()) for b in theirs) < 1e-6
-    tolerance = 0.02 if saturated or case["method"] == "LayerConductance" else 1e-4
+    tolerance = 0.02 if case["method"] == "LayerConductance" else 1e-4
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # rules tell of softmax in one of the networks
-        ours = [part for part in pytree.tree_leaves(captum_cases.as_captum_sums(case, model)) if part is not None]
+        exact = leaves_of(captum_cases.as_captum_sums(captum_cases.in_double(case), copy.deepcopy(model).double()))
+        ours = leaves_of(captum_cases.as_captum_sums(case, model))
     assert len(ours) == len(theirs) > 0
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * (float(b.abs().max()) + 1e-6))
+    for a, b, value in zip(ours, theirs, exact):
+        if case["model"] in SATURATED and size(value) < 1e-12:
+            assert max(size(a), size(b)) < 1e-5  # the rounding of float32, which differs from processor to processor
+        else:
+            torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * (size(b) + 1e-6))
 
 
 TABLE = (Path(__file__).parents[1] / "docs" / "from-captum.md").read_text(encoding="utf-8")
