@@ -250,6 +250,32 @@ def test_spellings_of_functions(name):
     torch.testing.assert_close(found.sum(), function(x).sum() - function(b).sum())
 
 
+BENT: dict[str, Any] = {
+    "layer_norm": lambda h: F.layer_norm(h, (8,)),
+    "group_norm": lambda h: F.group_norm(h, 2),
+    "instance_norm": lambda h: F.instance_norm(h[:, None])[:, 0],
+    "written with sqrt": lambda h: h / torch.sqrt(h.pow(2).mean(1, keepdim=True) + 1e-6),
+    "written with rsqrt": lambda h: h * torch.rsqrt(h.pow(2).mean(1, keepdim=True) + 1e-6),
+    "written with a power": lambda h: h * (h.pow(2).mean(1, keepdim=True) + 1e-6) ** -0.5,
+    "log": lambda h: torch.log(h.abs() + 1e-5),
+    "divided": lambda h: h / (h.abs().sum(1, keepdim=True) + 1e-5),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+@pytest.mark.parametrize("name", list(BENT))
+def test_small_activations_add_up(name, size, dtype):
+    """What divides by a scale bends the more the smaller the scale is: no fixed distance is small beside it."""
+    torch.manual_seed(0)
+    into, out = (torch.randn(8, 8, dtype=dtype) / 3 for _ in range(2))
+    x, b = torch.randn(2, 3, 8, dtype=dtype)
+    model = lambda p, x: BENT[name](size * (x @ into)) @ out  # noqa: E731
+    found, expected = deep_lift({}, model, x, 1, baseline=b / 3).sum(1), (model({}, x) - model({}, b / 3))[:, 1]
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(found, expected, **close)
+
+
 @pytest.mark.parametrize("name", ["log1p", "sinh", "erfc", "sin", "expit", "special.expm1"])
 def test_functions_pass_relevance_on(name):
     function = {"expit": torch.special.expit, "special.expm1": torch.special.expm1}.get(name) or getattr(torch, name)

@@ -31,6 +31,9 @@ _KINKED = frozenset(
     for name in "relu relu6 hardtanh threshold leaky_relu prelu rrelu elu selu celu softshrink hardshrink hardsigmoid "
     "hardswish".split()
 ) | {operation_of(op) for op in (torch.abs, torch.clamp, torch.clamp_min, torch.clamp_max)}
+_BENT_AT_0 = frozenset(
+    operation_of(getattr(torch, name)) for name in "sqrt rsqrt reciprocal pow log log2 log10 lgamma digamma".split()
+)
 
 ELEMENTWISE = tuple(
     operation_of(getattr(torch if hasattr(torch, name) else F, name))
@@ -39,19 +42,29 @@ ELEMENTWISE = tuple(
 )
 
 
-def secant(function: Callable[[Tensor], Tensor], x: Tensor, b: Tensor, smooth: bool = True) -> Tensor:
-    """Give the function's value at `x`, with the secant to `b` for a derivative.
+def secant(function: Callable[..., Tensor], x: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Give ``function(x, ...)``, with the secant to `b` for a derivative.
 
     Where a smooth function's inputs are close, the difference of its values is mostly rounding: the derivative halfway
-    differs from the secant by the square of their distance.
+    differs from the secant by the square of their distance, for a function that bends without bound at 0 by that of
+    their ratio.
     """
     at = still(x)
-    y, way = function(at), at - b
-    close = way.abs() < (torch.finfo(x.dtype).eps ** (1 / 3) if smooth else CLOSE)
-    _, back = vjp(function, (at + b) / 2)  # pyright: ignore[reportAssignmentType]
+    y, way = function(at, *args, **kwargs), at - b
+    close = way.abs() <= _near(function, at, b)
+    _, back = vjp(lambda v: function(v, *args, **kwargs), (at + b) / 2)  # pyright: ignore[reportAssignmentType]
     (slope,) = back(torch.ones_like(y))
-    slope = torch.where(close, slope, (y - function(b)) / torch.where(close, torch.ones_like(way), way))
+    rise = y - function(b, *args, **kwargs)
+    slope = torch.where(close, slope, rise / torch.where(close, torch.ones_like(way), way))
     return y + slope * (x - at)
+
+
+def _near(function: Callable[..., Tensor], x: Tensor, b: Tensor) -> Tensor | float:
+    """Say how far apart inputs are close."""
+    if function in _KINKED:
+        return CLOSE
+    near = torch.finfo(x.dtype).eps ** (1 / 3)
+    return near * torch.minimum(x.abs(), b.abs()) if function in _BENT_AT_0 else near
 
 
 def product(multiply: Callable[[Any, Any], Tensor], x: Tensor, y: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -61,12 +74,12 @@ def product(multiply: Callable[[Any, Any], Tensor], x: Tensor, y: Tensor, b: Ten
 
 
 def _elementwise(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Tensor:
-    return secant(lambda v: operation(v, *args, **kwargs), x, pair[0], operation not in _KINKED)
+    return secant(operation, x, pair[0], *args, **kwargs)
 
 
 def _power(operation: Operation, x: Any, exponent: Any, *, pair: tuple[Any, ...]) -> Tensor:
     if not isinstance(exponent, Tensor):
-        return secant(lambda v: operation(v, exponent), x, pair[0])
+        return secant(operation, x, pair[0], exponent)
     if not isinstance(x, Tensor):
         return secant(lambda v: operation(x, v), exponent, pair[1])
     return NotImplemented
@@ -140,9 +153,9 @@ def _standardised(x: Tensor, b: Tensor, axes: Sequence[int], eps: float, centred
     axes = tuple(axes)
     if centred:
         x, b = x - x.mean(axes, keepdim=True), b - b.mean(axes, keepdim=True)
-    spread, spread_ = secant(torch.square, x, b).mean(axes, keepdim=True), b.square().mean(axes, keepdim=True)
-    inverse = secant(lambda v: (v + eps).rsqrt(), spread, spread_)
-    return product(torch.mul, x, inverse, b, (spread_ + eps).rsqrt())
+    spread = secant(torch.square, x, b).mean(axes, keepdim=True) + eps
+    spread_ = b.square().mean(axes, keepdim=True) + eps
+    return product(torch.mul, x, secant(torch.rsqrt, spread, spread_), b, spread_.rsqrt())
 
 
 def _weighted(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -194,7 +207,7 @@ def _gated(operation: Operation, x: Tensor, dim: int = -1, *, pair: tuple[Any, .
 def _larger(operation: Operation, x: Tensor, y: Tensor, *, pair: tuple[Any, ...]) -> Tensor:
     b, c = pair
     sign = 1 if operation is torch.maximum else -1
-    return x + sign * secant(torch.relu, sign * (y - x), sign * (c - b), smooth=False)
+    return x + sign * secant(torch.relu, sign * (y - x), sign * (c - b))
 
 
 def _largest(x: Tensor, b: Tensor, largest: Callable[[Tensor], tuple[Tensor, Tensor]], axes: int) -> Tensor:
