@@ -3,6 +3,7 @@
 import inspect
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import slow_metrics as slow
@@ -220,5 +221,27 @@ def test_the_table_of_metrics():
         doc = inspect.getdoc(metric.function)
         assert ("igher is better" if metric.higher else "ower is better") in doc, name
         assert ("higher is better" if not metric.higher else "lower is better") not in doc.lower(), name
+        said = {"share": "the share of the image" if name == "pointing_game" else "the object's share of the image",
+                "random map": "chance", None: "No chance level", 0.0: "0 by chance"}[metric.chance]  # fmt: skip
+        assert said in doc, name
         assert metric.range[0] < metric.range[1]
         assert not (metric.chance == "share" and not metric.masks)
+
+
+def table_of_metrics() -> str:
+    lines = ["| metric | judges | better | range | chance |", "|---|---|---|---|---|"]
+    for name, metric in metrics.METRICS.items():
+        judges = (
+            f"{metric.judges}, masks" if metric.masks else f"{metric.judges}, model" if metric.model else metric.judges
+        )
+        low, high = ("∞" if math.isinf(end) else f"{end:g}" for end in map(abs, metric.range))
+        ends = ("-" if metric.range[0] < 0 else "") + low, high
+        range = f"{'(' if 'inf' in str(metric.range[0]) else '['}{ends[0]}, {ends[1]}{')' if high == '∞' else ']'}"
+        chance = {None: "none", 0.0: "0"}.get(metric.chance, metric.chance)
+        lines.append(f"| `{name}` | {judges} | {'higher' if metric.higher else 'lower'} | {range} | {chance} |")
+    return "\n".join(lines)
+
+
+def test_the_page_has_the_table():
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert page.split("<!-- table -->\n")[1].split("\n<!-- /table -->")[0] == table_of_metrics()

@@ -83,6 +83,15 @@ def test_robustness_obeys_its_laws(metric):
     assert lost.isnan().all()
 
 
+def test_explanations_drawn_anew_are_the_root_of_two_away():
+    def drawn(params, model, x, target):
+        return torch.randn(len(x), 4000)
+
+    params, model, x, target = scene()
+    for metric in (metrics.max_sensitivity, metrics.average_sensitivity):
+        torch.testing.assert_close(metric(params, model, x, target, drawn), torch.full((3,), 2**0.5), rtol=0.06, atol=0)
+
+
 def test_scale_and_more_draws():
     params, model, x, target = scene()
 

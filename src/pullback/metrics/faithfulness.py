@@ -61,7 +61,7 @@ def deletion(
     .. math:: \int_0^1 f_t(x \text{ without its top } s) \, ds
 
     by trapezoids over `steps` equal groups of pixels. In [0, 1] where the score is a probability; lower is better.
-    Reads nothing but the map's order. Costs ``steps + 1`` forwards.
+    Reads nothing but the map's order. What a random map gets is chance. Costs ``steps + 1`` forwards.
 
     Args:
         params, model, x, target, output, strict: See `gradient`.
@@ -122,7 +122,7 @@ def insertion(
     .. math:: \int_0^1 f_t(x \text{ with its top } s \text{ alone}) \, ds
 
     by trapezoids over `steps` equal groups of pixels. In [0, 1] where the score is a probability; higher is better.
-    Reads nothing but the map's order. Costs ``steps + 1`` forwards.
+    Reads nothing but the map's order. What a random map gets is chance. Costs ``steps + 1`` forwards.
 
     Args:
         params, model, x, target, steps, squash, seed, tokens, output, strict, chunk_size, progress: See `deletion`.
@@ -174,7 +174,7 @@ def irof(
     .. math:: \int_0^1 \Big( 1 - \frac{f_t(x \text{ without its top } s)}{f_t(x)} \Big) ds
 
     by trapezoids over the segments of each image (iterative removal of features). At most 1 where the score is a
-    probability; higher is better. Costs a forward for each segment, and one.
+    probability; higher is better. What a random map gets is chance. Costs a forward for each segment, and one.
 
     Args:
         params, model, x, target, squash, seed, output, strict, chunk_size, progress: See `deletion`.
@@ -261,7 +261,8 @@ def road(
     over the 8 neighbours q, direct ones with weight 1/6 and diagonal ones with 1/12, in proportion at the border, and
     adding noise. So the place of what is gone shows less than with a constant (remove and debias). In [0, 1] where
     the score is a probability; lower is better, and higher with `least_first`. The paper reports the accuracy instead:
-    ``squash=lambda y: (y == y.amax(1, keepdim=True)).float()``. Costs a forward for each share, and the filling in.
+    ``squash=lambda y: (y == y.amax(1, keepdim=True)).float()``. What a random map gets is chance. Costs a forward for
+    each share, and the filling in.
 
     Args:
         params, model, x, target, squash, seed, output, strict, progress: See `deletion`.
@@ -350,8 +351,8 @@ def average_drop(
     .. math:: \frac{\max\big(0, f_t(x) - f_t(x \odot m)\big)}{f_t(x)}, \qquad m \in [0, 1]
 
     with m the map scaled by its least and greatest value. In [0, 1] where the score is a probability; lower is better.
-    The paper's average drop is the mean over images, in per cent. A map of ones, which explains nothing, is perfect.
-    Costs 2 forwards, in one batch.
+    The paper's average drop is the mean over images, in per cent. A map of ones, which explains nothing, is perfect;
+    what a random map gets is chance. Costs 2 forwards, in one batch.
 
     Args:
         params, model, x, target, squash, seed, tokens, output, strict: See `deletion`.
@@ -398,7 +399,7 @@ def average_increase(
     .. math:: f_t(x \odot m) > f_t(x), \qquad m \in [0, 1]
 
     with m the map scaled by its least and greatest value. Higher is better: the paper's increase in confidence is the
-    mean over images, in per cent. Costs 2 forwards, in one batch.
+    mean over images, in per cent. What a random map gets is chance. Costs 2 forwards, in one batch.
 
     Args:
         params, model, x, target, squash, seed, tokens, output, strict: See `deletion`.
@@ -443,8 +444,8 @@ def completeness(
 
     .. math:: \Big| \sum_i a_i - \big( f_t(x) - f_t(b) \big) \Big|
 
-    At least 0, lower is better; not bounded. Complete methods reach 0, up to the error of an integral. Costs 2
-    forwards, in one batch.
+    At least 0, lower is better; not bounded. Complete methods reach 0, up to the error of an integral. No chance level:
+    an attribution of zeros misses the whole difference. Costs 2 forwards, in one batch.
 
     Args:
         params, model, x, target, output, strict: See `gradient`.
@@ -510,7 +511,8 @@ def infidelity(
 
     .. math:: \mathbb{E}_I \Big[ \big( I^\top a - (f_t(x) - f_t(x - I)) \big)^2 \Big]
 
-    At least 0, lower is better; not bounded, in units of the score squared. Costs ``samples + 1`` forwards.
+    At least 0, lower is better; not bounded, in units of the score squared. No chance level: an attribution of zeros,
+    which says nothing, gets the mean square of what the perturbations do. Costs ``samples + 1`` forwards.
 
     Args:
         params, model, x, target, output, strict: See `gradient`.

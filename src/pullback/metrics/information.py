@@ -133,8 +133,8 @@ def softmax_information(
               i(s) = \frac{\mathrm{bits}(x_s) - \mathrm{bits}(x_0)}{\mathrm{bits}(x) - \mathrm{bits}(x_0)}
 
     with :math:`x_s` the blurred image :math:`x_0` with the top share s of the map in view; points are put in order of
-    information, and the score is the highest so far. In [0, 1], higher is better. Reads the map's order alone. Costs a
-    forward for each share, and two.
+    information, and the score is the highest so far. In [0, 1], higher is better. Reads the map's order alone. What a
+    random map gets is chance. Costs a forward for each share, and two.
 
     The paper estimates bits by the size of a WebP file, and draws one curve for all images, through medians of bins of
     information: its points are in the info. Its authors' code subtracts the score of the blurred image as well.
@@ -195,7 +195,7 @@ def accuracy_information(
     r"""Measure the area under the accuracy over the information that the top of the map brings into view (AIC).
 
     As `softmax_information`, with 1 where the target is the class of the highest score and 0 elsewhere. In [0, 1],
-    higher is better.
+    higher is better. What a random map gets is chance.
 
     Args:
         params, model, x, seed, output, strict, progress: See `pullback.metrics.deletion`.

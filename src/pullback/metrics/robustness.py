@@ -109,8 +109,9 @@ def max_sensitivity(
 
     .. math:: \max_{\|\delta\|_\infty \le r} \frac{\|A(x + \delta) - A(x)\|_2}{\|A(x)\|_2}
 
-    over uniform draws: a lower bound of the maximum. At least 0, lower is better; not bounded. Costs ``samples + 1``
-    times the method.
+    over uniform draws: a lower bound of the maximum. At least 0, lower is better; not bounded. No chance level: an
+    explanation that never changes gets 0, one of values around 0 drawn anew for each input about the square root of 2.
+    Costs ``samples + 1`` times the method.
 
     Args:
         params, model, x, target: See `gradient`.
@@ -161,7 +162,8 @@ def average_sensitivity(
 
     .. math:: \mathbb{E}_{\|\delta\|_\infty \le r} \frac{\|A(x + \delta) - A(x)\|_2}{\|A(x)\|_2}
 
-    At least 0, lower is better; not bounded, and never above `max_sensitivity`. Costs ``samples + 1`` times the method.
+    At least 0, lower is better; not bounded, and never above `max_sensitivity`, with the same ends. No chance level.
+    Costs ``samples + 1`` times the method.
 
     Args:
         params, model, x, target, method, samples, radius, relative, seed, chunk_size, **options: See
@@ -206,7 +208,8 @@ def local_lipschitz(
     .. math:: \max_{x'} \frac{\|A(x) - A(x')\|_2}{\|x - x'\|_2}
 
     over Gaussian draws around x: a lower bound of the local Lipschitz constant (the paper searches a ball). At least 0,
-    lower is better; not bounded, in units of the explanation over those of `x`. Costs ``samples + 1`` times the method.
+    lower is better; not bounded, in units of the explanation over those of `x`. No chance level: an explanation that
+    never changes gets 0. Costs ``samples + 1`` times the method.
 
     Args:
         params, model, x, target, method, samples, seed, chunk_size, **options: See `max_sensitivity`.

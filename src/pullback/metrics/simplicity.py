@@ -25,7 +25,8 @@ def sparseness(attribution: Tensor) -> Tensor:
     .. math:: G = \frac{\sum_{i=1}^n (2 i - n - 1) \, |a|_{(i)}}{n \sum_i |a|_{(i)}}
 
     with the magnitudes in rising order. In [0, 1 - 1/n]: 0 where all are equal, highest where one value carries all;
-    higher is better. Does not depend on the scale. Independent uniform values have about 1/3.
+    higher is better. Does not depend on the scale. No chance level; independent uniform values
+    have about 1/3.
 
     Args:
         attribution: ``[batch ...]``, an attribution or a map.
@@ -56,7 +57,7 @@ def complexity(attribution: Tensor) -> Tensor:
     .. math:: H = -\sum_i p_i \ln p_i, \qquad p_i = |a_i| / \textstyle\sum_j |a_j|
 
     In [0, ln n] for n values: 0 where one carries all, highest where all are equal; lower is better. Does not depend on
-    the scale. Independent uniform values have about ln n - 0.19.
+    the scale. No chance level; independent uniform values have about ln n - 0.19.
 
     Args:
         attribution: ``[batch ...]``, an attribution or a map.
