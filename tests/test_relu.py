@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
 
-from pullback import deconvnet, gradient, guided_backprop, params_of
+from pullback import deconvnet, gradient, guided_backprop, over_targets, params_of
 
 # The first `jvp` in a process makes torch warn of a module of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -161,6 +161,44 @@ def test_the_derivative_of_an_explanation_sees_the_rectifier_as_it_is(rules):
     of_the_explanation(rules)
 
 
+FORWARDS = []
+
+
+class Overwriting(nn.Module):
+    """Writes to what its rectifiers put out, and to what went into one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        FORWARDS.append(1)
+        h = self.first(x)
+        y, z = self.act(h), h.clamp(0, 0.5)
+        h.mul_(0)
+        y += 0.25
+        y.relu_().mul_(2)
+        return self.last(y * z)
+
+
+@pytest.mark.parametrize("rules", NAMED)
+def test_a_model_that_writes_to_what_its_rectifiers_keep(rules):
+    model = Overwriting().double()
+    h = model.first(X.detach())
+    y, z = h.relu(), h.clamp(0, 0.5)
+    g = model.last.weight[1]
+    tail = NAMED[rules]
+    at_y, at_z, at_sum = (t.clone().requires_grad_() for t in (h, h, y + 0.25))
+    (by_sum,) = torch.autograd.grad(tail(at_sum, float("inf")), at_sum, 2 * g * z)
+    (by_y,) = torch.autograd.grad(tail(at_y, float("inf")), at_y, by_sum)
+    (by_z,) = torch.autograd.grad(tail(at_z, 0.5), at_z, g * 2 * (y + 0.25))
+    expected = (by_y + by_z) @ model.first.weight
+    for forwards in (2, 1):  # found out by the first forward, then known
+        FORWARDS.clear()
+        torch.testing.assert_close(gradient(params_of(model), model, X, 1, rules=rules), expected.detach())
+        assert len(FORWARDS) == forwards
+
+
 # ---- rules of the user's own --------------------------------------------------------------------------------------
 
 
@@ -277,6 +315,19 @@ def test_foreign_functions_are_left_as_they_are():
 
     ours = pulled(Foreign.apply, X, ONES, "guided")
     torch.testing.assert_close(ours, 3 * (X > 0).to(X))
+
+
+def test_many_targets_under_a_rule_that_holds_the_target():
+    """The forward then depends on the target: it cannot run outside of the batch of targets."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+
+    def method(params, model, x, target):
+        rule = lambda operation, h, **kwargs: operation(h) * (1 + target)  # noqa: E731
+        return gradient(params, model, x, target, rules={F.relu: rule})
+
+    many = over_targets(method)(params_of(model), model, X, [0, 2])
+    for target, found in zip((0, 2), many):
+        torch.testing.assert_close(found, (1 + target) * gradient(params_of(model), model, X, target))
 
 
 def test_many_targets_and_models_under_rules():

@@ -8,8 +8,8 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, vjp
 
 from pullback import _native
-from pullback._ops import Table, swapped
+from pullback._ops import KEPT, Table, swapped
 from pullback._probe import described, known, probe, remember, shapes
 from pullback._shell import Params, Shell, is_scripted, named_layers
 from pullback._taps import Layer, Seen, Site, around, attach
@@ -32,10 +32,11 @@ from pullback._targets import (
     head_input,
     measuring,
     note_forward,
+    only_targets,
     readable,
     shared_pull,
 )
-from pullback._torch import compiling, current_level
+from pullback._torch import compiling, current_level, is_functorch_wrapped_tensor, outside_transforms
 
 Model: TypeAlias = "nn.Module | Callable[[Any, Any], Any]"
 Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
@@ -135,25 +136,20 @@ def public(function: F) -> F:
     def called(*args: Any, **kwargs: Any) -> Any:
         if compiling():
             return function(*args, **kwargs)
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), _one_call():
-            return function(*args, **kwargs)
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            if getattr(_scope, "told", None) is not None:  # inside another method
+                return function(*args, **kwargs)
+            told: dict[str, dict[str, None]] = {}
+            _scope.told = told
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                _scope.told = None
+            for message in told:
+                warnings.warn(message, PullbackWarning, stacklevel=2)
+            return result
 
     return called  # pyright: ignore[reportReturnType]
-
-
-@contextmanager
-def _one_call() -> Iterator[None]:
-    if getattr(_scope, "told", None) is not None:  # inside another method
-        yield
-        return
-    told: dict[str, dict[str, None]] = {}
-    _scope.told = told
-    try:
-        yield
-    finally:
-        _scope.told = None
-    for message in told:
-        warnings.warn(message, PullbackWarning, stacklevel=4)
 
 
 def tell(message: str) -> None:
@@ -203,30 +199,53 @@ def run(
     edit: Callable[[Site, int, Tensor], Tensor] | None = None,
     seen: Mapping[Site, Sequence[Seen]] | None = None,
 ) -> Tensor:
-    """Run the model once, in eval mode, on a shell, with the operations of `table` traded and layers edited."""
-    leaves = Leaves(x)
-    x = leaves.rebuild([t.clone() for t in leaves.tensors], lambda v: None if v is None else v.clone())
+    """Run the model once, in eval mode, on a shell, with the operations of `table` traded and layers edited.
+
+    Rules may rely on what the graph keeps; a model that writes to it is run again without, and known from then on.
+    """
     read: list[Tensor] = []
     if isinstance(output, Layer):
         sites, edit = _reading(Site.parse(output.name, output.at), read, sites, edit)
-    mode = swapped(table)
-    mode.measures = measuring()
-    if not isinstance(model, nn.Module):
-        if not callable(model):
-            raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}.")
-        if sites:
-            raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
-        _note_constants(mode, params)
-        with mode:
-            result = model(params, x)
-    else:
-        result = _run_module(params, model, x, mode, sites, edit, seen or {})
+    leaves = Leaves(x)
+    mode, result = _forward(params, model, leaves, table, sites, edit, seen or {})
+    if mode.overwritten():
+        _writers.add(model)
+        read.clear()
+        mode, result = _forward(params, model, leaves, table, sites, edit, seen or {})
     _report(mode, strict)
     if isinstance(output, Layer):
         return select(_only_call(read, Site.parse(output.name, output.at)), None)
     y = select(result, output)
     note_forward(mode, y)
     return y
+
+
+_writers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _forward(
+    params: Params,
+    model: Model,
+    leaves: Leaves,
+    table: Table | None,
+    sites: Sequence[Site],
+    edit: Callable[[Site, int, Tensor], Tensor] | None,
+    seen: Mapping[Site, Sequence[Seen]],
+) -> tuple[swapped, Any]:
+    x = leaves.rebuild([t.clone() for t in leaves.tensors], lambda v: None if v is None else v.clone())
+    mode = swapped(table)
+    mode.measures = measuring()
+    if isinstance(model, nn.Module):
+        if table is not None and not compiling() and model not in _writers:
+            mode.memo[KEPT] = []
+        return mode, _run_module(params, model, x, mode, sites, edit, seen)
+    if not callable(model):
+        raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}.")
+    if sites:
+        raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
+    _note_constants(mode, params)
+    with mode:
+        return mode, model(params, x)
 
 
 def _reading(
@@ -349,7 +368,7 @@ def _check_scripted(shell: Shell, table: Table | None) -> None:
     if shell.unheard:
         where = ", ".join(f"`{name}`" for name in dict.fromkeys(shell.unheard))
         tell(f"Backward hooks on {where} are left out: torch.func cannot run them.")
-    if table is None:
+    if table is None or not shell.has_scripted:
         return
     for name, layer in shell.layers():
         if is_scripted(layer):
@@ -458,22 +477,27 @@ def pullback(
         return (y, *head_input()), ()
 
     tensors = leaves.tensors if given is None else tuple(given)
-    outputs, back, _ = linearised(forward, tensors, _is_plain(params, leaves, tensors))
+    outputs, back, _ = linearised(forward, tensors, _is_plain(params, model, leaves, tensors, output))
     return Pulled(
         outputs[0], tensors, shared_pull(back, outputs), lambda tensors: leaves.rebuild(tensors, lambda v: None)
     )
 
 
-def _is_plain(params: Params, leaves: Leaves, primals: Sequence[Tensor]) -> bool:
-    """Say whether nothing differentiates, batches or traces this call from outside."""
-    if compiling() or current_level() is not None or forward_ad._current_level >= 0:
+def _is_plain(params: Params, model: Model, leaves: Leaves, primals: Sequence[Tensor], output: Select) -> bool:
+    """Say whether nothing differentiates, batches or traces this call from outside.
+
+    The `vmap` of `over_targets` does not count where the forward cannot depend on a target: it then runs outside.
+    """
+    if compiling() or forward_ad._current_level >= 0:
         return False
-    if not torch.is_grad_enabled():
-        return True
     parts = params if isinstance(params, tuple) else (params,)
-    return not any(t.requires_grad for part in parts for t in part.values()) and not any(
-        t.requires_grad for t in (*leaves.tensors, *primals)
-    )
+    tensors = [t for part in parts for t in part.values()]
+    tensors += (*(t for _, t in leaves.items if t is not None), *primals)
+    if current_level() is not None:
+        pure = isinstance(model, nn.Module) and not callable(output)
+        if not (pure and only_targets()) or any(is_functorch_wrapped_tensor(t) for t in tensors):
+            return False
+    return not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))  # noqa: C419 (faster)
 
 
 def linearised(
@@ -485,9 +509,14 @@ def linearised(
     """
     if not plain:
         return vjp(function, *primals, has_aux=True)  # pyright: ignore[reportReturnType]
-    leaves = [(p.clone() if p.is_inference() else p.detach()).requires_grad_() for p in primals]
-    with torch.enable_grad():
-        outputs, auxiliary = function(*leaves)
+    try:
+        with nullcontext() if current_level() is None else outside_transforms(), torch.enable_grad():
+            leaves = [(p.clone() if p.is_inference() else p.detach()).requires_grad_() for p in primals]
+            outputs, auxiliary = function(*leaves)
+    except RuntimeError as error:
+        if current_level() is None or "vmap" not in str(error):
+            raise
+        return vjp(function, *primals, has_aux=True)  # pyright: ignore[reportReturnType]  # a rule holds the target
     reached = [i for i, output in enumerate(outputs) if output.requires_grad]
 
     def pull(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -578,7 +607,8 @@ def _pullback_to_seen(
             raise _Surprise
         return (y,), tuple(activations[call] for call in chosen)
 
-    (y,), back, activations = linearised(forward, zeros, _is_plain(params, Leaves(x), (*zeros, *(given or ()))))
+    plain = _is_plain(params, model, Leaves(x), (*zeros, *(given or ())), output)
+    (y,), back, activations = linearised(forward, zeros, plain)
 
     def pull(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(g.to(a.dtype) for g, a in zip(back(cotangents), activations, strict=True))

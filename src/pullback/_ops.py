@@ -27,6 +27,8 @@ from pullback import _native
 Operation = Callable[..., Any]
 Rule = Callable[..., Any]
 
+KEPT = "kept"  # in a run's memo: tensors that its graph keeps with their versions, where a rule may note them
+
 ACTIVATIONS = (
     "relu relu6 hardtanh threshold leaky_relu prelu rrelu elu selu celu gelu silu mish softplus softsign softshrink "
     "hardshrink tanhshrink logsigmoid tanh sigmoid hardsigmoid hardswish glu"
@@ -203,6 +205,10 @@ class swapped(TorchFunctionMode):
     def tell(self, what: str) -> None:
         self.told.setdefault(what, {})[self.layers[-1] if self.layers else ""] = None
 
+    def overwritten(self) -> bool:
+        """Say whether the run wrote to what its graph keeps: there is no way back through it."""
+        return any(tensor._version != version for tensor, version in self.memo.get(KEPT, ()))
+
     def within(self) -> Any:
         """Give the context in which a composite operation runs its parts, so that the rules see them."""
         return nullcontext() if self.table is None else self
@@ -211,6 +217,8 @@ class swapped(TorchFunctionMode):
         self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.table is None and not self.measures and func not in _native.FORMS:  # the same, sooner
+            return func(*args, **kwargs)
         if self.table is None or self.table.watch is None:
             return self._run(func, args, kwargs)
         result = self._run(func, args, kwargs)
@@ -252,8 +260,10 @@ class swapped(TorchFunctionMode):
         pure = {k: v for k, v in kwargs.items() if k not in ("inplace", "_stacklevel")}
         if getattr(rule, "wants_memo", False):
             pure["memo"] = self.memo
+        if getattr(rule, "writes", False):  # itself, where the operation does
+            pure["inplace"], in_place = in_place, False
         first: Any = args[0] if args else kwargs.get("input")
-        if in_place and not getattr(rule, "forgets_input", False):  # what the rule saves must outlive the write
+        if in_place:  # what the rule saves must outlive the write
             args, pure = ((first.clone(), *args[1:]), pure) if args else (args, {**pure, "input": first.clone()})
         result = rule(operation, *args, **pure)
         if result is NotImplemented:  # the rule does not cover this use of the operation

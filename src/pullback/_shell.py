@@ -105,6 +105,7 @@ class Shell:
         self._closures: dict[int, types.FunctionType] = {}
         self._originals: list[nn.Module] = []  # kept alive while their ids are keys
         self.unheard: list[str] = []
+        self.has_scripted = False
         self.root = self._copy(self.model, "")
         for original in list(self._originals):
             if not is_scripted(original):
@@ -138,6 +139,7 @@ class Shell:
                 )
             self._copies[id(module)] = module
             self._originals.append(module)
+            self.has_scripted = True
             return module
         copy = object.__new__(type(module))
         attributes = copy.__dict__
@@ -275,7 +277,7 @@ class Shell:
                     owned[leaf] = tensor
                     placed.add((id(owned), leaf))
         for copy in self._copies.values():
-            if is_scripted(copy):
+            if self.has_scripted and is_scripted(copy):
                 continue
             for owned in (copy._parameters, copy._buffers):  # what is left out is constant
                 for name, tensor in owned.items():

@@ -181,6 +181,9 @@ class attach:
         return put(original.copy_(edited))
 
 
+_set = object.__setattr__  # a module's own looks for parameters and modules first
+
+
 def around(
     layer: nn.Module, site: Site, before: Callable[..., Any], after: Callable[..., Any] | None
 ) -> Callable[[], None]:
@@ -198,9 +201,9 @@ def around(
         return result if after is None else after(site, args, result)
 
     def undo() -> None:
-        layer.forward = call
+        _set(layer, "forward", call)
 
-    layer.forward = forward
+    _set(layer, "forward", forward)
     return undo
 
 

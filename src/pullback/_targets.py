@@ -149,6 +149,12 @@ def clean() -> bool:
     return running is not None and running.clean is True
 
 
+def only_targets() -> bool:
+    """Say whether the targets that are run together are the only thing that is batched or differentiated here."""
+    running = _running()
+    return running is not None and running.level == current_level() == 1
+
+
 def measuring() -> bool:
     return _running() is not None
 

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pullback._levels import level
-from pullback._ops import Operation, Rule, operation_of
-from pullback._torch import compiling
+from pullback._ops import KEPT, Operation, Rule, operation_of
+from pullback._torch import compiling, current_level
 
 RECTIFIERS = tuple(
     operation_of(op) for op in (torch.relu, F.relu6, F.hardtanh, torch.clamp, torch.clamp_min, torch.threshold)
@@ -99,18 +100,53 @@ class _Rectifier(_TracedRectifier):
         return tangent * passes, None
 
 
+def _guided(cotangents: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+    """Where a rectifier's own derivative has passed, keep what is positive."""
+    return tuple(None if g is None else g.clamp(min=0) for g in cotangents)
+
+
+def _deconvnet(_: Any, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return _guided(cotangents, None)
+
+
+_HOOKS = {"guided": _guided, "deconvnet": _deconvnet}
+
+
+def _hooked(x: Tensor, high: float, name: str, inplace: bool, kept: list[tuple[Tensor, int]]) -> Tensor:
+    """Run torch's own rectifier and change what its node in the graph passes on: no mask, no more memory.
+
+    The node keeps `x` or the result, which the model may write to: what is noted in `kept` finds that.
+    """
+    y = (torch.relu_ if inplace else torch.relu)(x) if high == float("inf") else F.hardtanh(x, 0.0, high, inplace)
+    if y.grad_fn is not None:
+        if name in _HOOKS:
+            y.grad_fn.register_hook(_HOOKS[name])
+        saved = x if high != float("inf") and not inplace else y
+        kept.append((saved, saved._version))
+    return y
+
+
 def variant(name: str) -> Rule:
     """Give the rule that runs every rectifier with the backward variant of this name."""
 
-    def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def rule(
+        operation: Operation, input: Tensor, *args: Any, inplace: bool = False, memo: Any = None, **kwargs: Any
+    ) -> Any:
         high = ceiling(operation, input, *args, **kwargs)
         if high is None:
             return NotImplemented
+        kept = None if memo is None or name == "guided_torchray" else memo.get(KEPT)
         if compiling():
-            return _TracedRectifier.apply(input, high, name, None)[0]  # pyright: ignore[reportOptionalSubscript]
-        return _Rectifier.apply(input, high, name, level())[0]  # pyright: ignore[reportOptionalSubscript]
+            y = _TracedRectifier.apply(input, high, name, None)[0]  # pyright: ignore[reportOptionalSubscript]
+        elif kept is None or current_level() is not None or forward_ad._current_level >= 0:
+            y = _Rectifier.apply(input, high, name, level())[0]  # pyright: ignore[reportOptionalSubscript]
+        elif inplace and input._is_view():  # its node would be that of the whole tensor
+            y = _hooked(input, high, name, False, kept)
+        else:
+            return _hooked(input, high, name, inplace, kept)
+        return input.copy_(y) if inplace else y
 
-    rule.forgets_input = True  # pyright: ignore[reportFunctionMemberAccess]  # it saves a mask: see `pullback._ops`
+    rule.writes = rule.wants_memo = True  # pyright: ignore[reportFunctionMemberAccess]  # see `pullback._ops`
     return rule
 
 
