@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pullback._torch import compiling, is_functorch_wrapped_tensor
+from pullback._torch import compiling, current_level, is_functorch_wrapped_tensor
 
 Form = Callable[..., Any]
 DROPOUT = "dropout with training=True"
@@ -51,10 +51,30 @@ def _is_constant(*tensors: Tensor | None) -> bool:
     """Say whether nothing is derived from a result of these: torch's own form is then right, and the fastest."""
     if compiling() or forward_ad._current_level >= 0:
         return False
-    tensors = tuple(t for t in tensors if t is not None)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
-    return all(t.dtype == tensors[0].dtype and not is_functorch_wrapped_tensor(t) for t in tensors)
+    derives, mapped, first = torch.is_grad_enabled(), current_level() is not None, tensors[0]
+    for t in tensors:
+        if t is not None and (
+            (derives and t.requires_grad)
+            or t.dtype != first.dtype  # pyright: ignore[reportOptionalMemberAccess]
+            or (mapped and is_functorch_wrapped_tensor(t))
+        ):
+            return False
+    return True
+
+
+class _Normed(torch.autograd.Function):
+    """Batch norm by constant statistics, one pass over memory each way. For ordinary autograd alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
+        scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
+        ctx.save_for_backward(_per_channel(scale, x))
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (scale,) = ctx.saved_tensors
+        return cotangent * scale, None, None, None, None, None
 
 
 def _batch_norm(
@@ -74,8 +94,15 @@ def _batch_norm(
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         mean, var = wide.mean(dims, keepdim=True), wide.var(dims, unbiased=False, keepdim=True)
     else:
-        if func is F.batch_norm and _is_constant(input, running_mean, running_var, weight, bias):
-            return func(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        if func is F.batch_norm and _is_constant(running_mean, running_var, weight, bias):
+            if input.dtype != running_mean.dtype:
+                pass
+            elif _is_constant(input):
+                return torch.batch_norm(
+                    input, weight, bias, running_mean, running_var, False, momentum, eps, torch.backends.cudnn.enabled
+                )
+            elif current_level() is None:
+                return _Normed.apply(input, running_mean, running_var, weight, bias, eps)  # pyright: ignore[reportReturnType]
         wide_dtype = torch.promote_types(running_mean.dtype, torch.float32)
         mean, var = running_mean.to(wide_dtype), running_var.to(wide_dtype)
         return _normalised(input, mean, var, weight, bias, eps)
@@ -147,8 +174,8 @@ def _attention(
         allowed = columns <= rows[:, None]
     elif attn_mask is not None and attn_mask.dtype == torch.bool:
         allowed, attn_mask = attn_mask, None
-    query = query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    with mode.within():
+    with mode.within():  # what comes of parameters alone is known to, also where it is the query
+        query = query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
         scores = torch.matmul(query, key.transpose(-2, -1))
     if attn_mask is not None:
         scores = torch.ops.aten.add.Tensor(scores, attn_mask.to(scores.dtype))
@@ -196,17 +223,18 @@ def _multi_head_attention(
         query, key, value = (v.unsqueeze(1) for v in (query, key, value))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     batch, width = query.shape[1], query.shape[2] // num_heads
-    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-    if use_separate_proj_weight:
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
-    else:
-        assert in_proj_weight is not None
-        weights = in_proj_weight.chunk(3)
     with mode.within():
+        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+        if use_separate_proj_weight:
+            weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+        else:
+            assert in_proj_weight is not None
+            weights = in_proj_weight.chunk(3)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))  # pyright: ignore[reportArgumentType]
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([x, b.expand(1, batch, -1)]) for x, b in ((k, bias_k), (v, bias_v)))
-    q, k, v = (x.reshape(x.shape[0], batch, num_heads, width).permute(1, 2, 0, 3) for x in (q, k, v))
+    with mode.within():
+        q, k, v = (x.reshape(x.shape[0], batch, num_heads, width).permute(1, 2, 0, 3) for x in (q, k, v))
     k, v = (x if s is None else s.reshape(batch, num_heads, -1, width) for x, s in ((k, static_k), (v, static_v)))
     extra = k.shape[2] - (key.shape[0] if static_k is None else k.shape[2])
     if add_zero_attn:

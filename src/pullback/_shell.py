@@ -39,19 +39,26 @@ _SKIPPED = frozenset(
 _ATOMS = frozenset((bool, int, float, str, type(None), Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size))
 
 
+# modules of these are no wrappers, and what they hold beside parameters and modules takes no part in their forward
+_PLAIN_HOMES = frozenset(
+    f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "conv", "linear", "pooling", "normalization")
+)
+
+
 def is_scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Give the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
-    while True:
+    while type(module).__module__ not in _PLAIN_HOMES:
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             module = module.module
         elif type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
             module = module._modules["_orig_mod"]  # pyright: ignore[reportAssignmentType]
         else:
-            return module
+            break
+    return module
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module | None:
@@ -168,7 +175,7 @@ class Shell:
                         self._slots.setdefault(id(tensor), []).append((owned, name))
             else:
                 attributes[kind] = {}
-        if attributes["_buffers"] and not isinstance(module, nn.modules.batchnorm._NormBase):
+        if attributes["_buffers"] and type(module).__module__ != "torch.nn.modules.batchnorm":
             for name, buffer in attributes["_buffers"].items():
                 if buffer is not None and buffer.numel() <= 1:  # a counter that `forward` moves in place
                     attributes["_buffers"][name] = buffer.clone()
@@ -181,6 +188,9 @@ class Shell:
 
     def _rebind(self, original: nn.Module, copy: nn.Module) -> None:
         attributes = copy.__dict__
+        hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
+        if type(original).__module__ in _PLAIN_HOMES and not hooked and "forward" not in attributes:
+            return
         for name, value in original.__dict__.items():
             if name in _SKIPPED or type(value) in _ATOMS:
                 continue
