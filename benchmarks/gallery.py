@@ -2,7 +2,8 @@
 
     make gallery        writes docs/gallery.jpg
 
-A person looks at it after every change: a method that went wrong shows.
+A person looks at it after every change: a method that went wrong shows. `discretised_integrated_gradients` takes pixels
+for tokens and colours of the photograph for words. `integrated_hessians` is not here: its result is no picture.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import _measure
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 import pullback
-from pullback import maps, params_of
+from pullback import Layer, maps, params_of
 from pullback._networks import load, needed, prepare, read
 
 Method = Callable[..., Any]
@@ -37,8 +39,10 @@ def methods(
     labels = torch.arange(x[0, 0].numel()).reshape(x.shape[2:]) // 64 % 16
     segments = labels if cheap else pullback.felzenszwalb_segments(x[0], (150, 500, 1200))
     noise = {"samples": 2 * few, "noise": 0.1, **chunk}
+    middle = Layer(layers[-2])
     return {
         "gradient": (pullback.gradient, {}),
+        "gradient, of a neuron": (_of_brightest, {"method": pullback.gradient, "output": middle}),
         "input_x_gradient": (pullback.input_x_gradient, {}),
         "guided_backprop": (pullback.guided_backprop, {}),
         "deconvnet": (pullback.deconvnet, {}),
@@ -46,9 +50,11 @@ def methods(
         "smooth_grad, squared": (pullback.smooth_grad, {**noise, "statistic": "squared"}),
         "smooth_grad, variance": (pullback.smooth_grad, {**noise, "statistic": "variance"}),
         "integrated_gradients": (pullback.integrated_gradients, {**path, "baseline": grey}),
+        "integrated_gradients, at a layer": (pullback.integrated_gradients, {**path, **at, "baseline": grey}),
         "expected_gradients": (pullback.expected_gradients, {"samples": steps, "baselines": data, **chunk}),
         "blur_integrated_gradients": (pullback.blur_integrated_gradients, path),
         "guided_integrated_gradients": (pullback.guided_integrated_gradients, {"steps": steps, "baseline": grey}),
+        "discretised_integrated_gradients": (_by_colours, {"steps": steps, "baseline": grey, **chunk}),
         "idgi": (pullback.idgi, {**path, "baseline": grey}),
         "neuron_conductance": (pullback.neuron_conductance, {**path, **at, "neuron": torch.ones(()), "baseline": grey}),
         "full_grad": (pullback.full_grad, {}),
@@ -75,6 +81,27 @@ def methods(
         "finer_cam": (pullback.finer_cam, at),
         "guided_grad_cam": (pullback.guided_grad_cam, at),
     }
+
+
+def _of_brightest(params: Any, model: Any, x: Tensor, target: Any, *, method: Method, output: Layer) -> Tensor:
+    """Explain the neuron of a layer that is most active."""
+    best = pullback.activation(params, model, x, layer=output.name).flatten(1).argmax(1, keepdim=True)
+    return method(params, model, x, lambda y: y.flatten(1).gather(1, best)[:, 0], output=output)
+
+
+def _by_colours(params: Any, model: Any, x: Tensor, target: Any, *, baseline: Tensor, **options: Any) -> Tensor:
+    """Go from the baseline to the image through colours that are in it: pixels are tokens, colours are words."""
+
+    def pixels(image: Tensor) -> Tensor:
+        return image.flatten(2).mT
+
+    def run(params: Any, tokens: Tensor) -> Tensor:
+        return functional_call(model, params, (tokens.mT.unflatten(2, x.shape[2:]),))
+
+    words = pixels(x)[0, :: x[0, 0].numel() // 200]
+    given = {"words": words, "neighbours": 20, "baseline": pixels(baseline)}
+    found = pullback.discretised_integrated_gradients(params, run, pixels(x), target, **given, **options)
+    return found.mT.unflatten(2, x.shape[2:])
 
 
 def main() -> None:
