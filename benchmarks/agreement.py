@@ -3,9 +3,11 @@
     python benchmarks/agreement.py
 
 For each method and each library that is installed: the largest difference over the largest value, on a network of
-modules in sequence, in float64 where the library can. A row with a remark differs by what the remark says, and the row
-after it shows that it does: ours, with that one thing changed, is theirs. Rows without a remark must stay below the
-tolerance, or the exit code is 1.
+modules in sequence, in float64 where the library can. pytorch-grad-cam and torchcam return maps scaled to [0, 1], by
+their least and greatest value, and ours are compared scaled as well, at the size of the input for the former.
+
+A row with a remark differs by what the remark says, and the row after it shows that it does: ours, with that one thing
+changed, is theirs. Rows without a remark must stay below the tolerance, or the exit code is 1.
 """
 
 from __future__ import annotations
@@ -49,6 +51,21 @@ def network(dtype: torch.dtype) -> tuple[nn.Sequential, Tensor]:
             *(nn.Flatten(), nn.Linear(8 * 5 * 5, 5)),
         )
         return model.to(dtype).eval(), torch.randn(1, 3, 16, 16).to(dtype)
+
+
+class Transformer(nn.Module):
+    """A class token and 16 patches through one block; the class is read from the class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.token = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(1, 1, 8))
+        self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(len(x), -1, -1), self.patch(x).flatten(2).mT], 1)
+        normal = self.norm(h)
+        return self.head((h + self.attention(normal, normal, normal)[0])[:, 0])
 
 
 def captum(smoke: bool) -> Iterator[Row]:
@@ -131,6 +148,37 @@ def captum(smoke: bool) -> Iterator[Row]:
 
     with mock.patch.object(importlib.import_module("pullback.paths.integrated"), "uniform", uniform):
         yield Row("the same, by their draws", explained(), theirs)
+    yield from noise_tunnel(attr, model, x, steps)
+
+
+def noise_tunnel(attr: Any, model: nn.Module, x: Tensor, samples: int) -> Iterator[Row]:
+    drawn: list[Tensor] = []
+
+    def drawing(*args: Any) -> Tensor:
+        drawn.append(_torch_normal(*args))
+        return drawn[-1]
+
+    def normal(seed: Any, index: Tensor, shape: Any, dtype: torch.dtype, stream: int = 0) -> Tensor:
+        return drawn[-1][index]
+
+    def smoothed(statistic: str) -> Tensor:
+        given: dict[str, Any] = {"samples": samples, "noise": 1.0, "absolute": True, "statistic": statistic}
+        return pullback.smooth_grad(params_of(model), model, x, T, **given)
+
+    for statistic, kind in {"mean": "smoothgrad", "squared": "smoothgrad_sq", "variance": "vargrad"}.items():
+        tunnel = attr.NoiseTunnel(attr.Saliency(model))
+        with mock.patch("torch.normal", drawing), torch.random.fork_rng():
+            theirs = tunnel.attribute(x, nt_type=kind, nt_samples=samples, target=T, abs=False)
+        yield Row(f"smooth_grad, {statistic}", smoothed(statistic), theirs, remark="other random numbers")
+        with mock.patch.object(importlib.import_module("pullback.noise"), "normal", normal):
+            found = smoothed(statistic)
+        if statistic == "variance":
+            yield Row("the same, by their draws", found, theirs, remark="captum divides by n, not by n - 1")
+            found = found * (samples - 1) / samples
+        yield Row("the same, by their draws" + (" and by n" if statistic == "variance" else ""), found, theirs)
+
+
+_torch_normal = torch.normal
 
 
 def _in_float32(name: str, steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -212,6 +260,17 @@ def pytorch_grad_cam(smoke: bool) -> Iterator[Row]:
     with mock.patch.object(maps, "resize", _corner_to_corner):
         map = pullback.score_cam(params, model, x, T, **at)
     yield Row("score_cam, masks corner to corner", _scaled(map, x), torch.from_numpy(found), 1e-3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vit = Transformer().eval()
+
+    def grid(tokens: Tensor) -> Tensor:
+        return tokens[:, 1:].mT.unflatten(2, (4, 4))
+
+    for ours, theirs in (("grad_cam", "GradCAM"), ("hires_cam", "HiResCAM"), ("layer_cam", "LayerCAM")):
+        found = getattr(peer, theirs)(model=vit, target_layers=[vit.norm], reshape_transform=grid)(x, [target])
+        map = getattr(pullback, ours)(params_of(vit), vit, x, T, layer="norm")
+        yield Row(f"{ours}, tokens", _scaled(map, x), torch.from_numpy(found))
     full, info = pullback.full_grad(params, model, x, T, return_info=True)
     found = torch.from_numpy(peer.FullGrad(model, [])(input_tensor=x, targets=[target]))
     yield Row(
