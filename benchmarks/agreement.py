@@ -271,6 +271,13 @@ def pytorch_grad_cam(smoke: bool) -> Iterator[Row]:
         found = getattr(peer, theirs)(model=vit, target_layers=[vit.norm], reshape_transform=grid)(x, [target])
         map = getattr(pullback, ours)(params_of(vit), vit, x, T, layer="norm")
         yield Row(f"{ours}, tokens", _scaled(map, x), torch.from_numpy(found))
+    found = peer.FinerCAM(model, [model[3]])(input_tensor=x, target_idx=T)
+    remark = "they weight the other classes by their probabilities"
+    yield Row(
+        "finer_cam", _scaled(pullback.finer_cam(params, model, x, T, **at), x), torch.from_numpy(found), 1e-5, remark
+    )
+    map = pullback.grad_cam(params, model, x, _by_probability, **at)
+    yield Row("the same, by probability", _scaled(map, x), torch.from_numpy(found))
     full, info = pullback.full_grad(params, model, x, T, return_info=True)
     found = torch.from_numpy(peer.FullGrad(model, [])(input_tensor=x, targets=[target]))
     yield Row(
@@ -279,6 +286,13 @@ def pytorch_grad_cam(smoke: bool) -> Iterator[Row]:
     shares = [info["input"], *(b for b in info["biases"] if b.ndim == x.ndim)]
     channels = torch.cat([_each_channel(share.abs(), x) for share in shares], 1)
     yield Row("the same, channel by channel", maps.normalise(channels.sum(1)), found, 1e-3)
+
+
+def _by_probability(y: Tensor) -> Tensor:
+    """The target less the mean of the three nearest classes, weighted by their probabilities."""
+    near = (y - y[:, [T]]).abs().detach().argsort(1)[:, 1:4]
+    shares = y.softmax(1).gather(1, near)
+    return y[:, T] - (shares * y.gather(1, near)).sum(1) / shares.sum(1)
 
 
 def _with_epsilon(activation: Tensor, g: Tensor) -> Tensor:
@@ -325,6 +339,40 @@ def torchcam(smoke: bool) -> Iterator[Row]:
         elif remark:
             map = pullback.saliency(params, model, x, T, **at, reduce=_undivided).clamp(min=0)
             yield Row("the same, undivided", maps.normalise(map)[:, 0], found, 1e-3)
+
+    yield from torchcam_joined(peer, model, x)
+
+
+def torchcam_joined(peer: Any, model: nn.Sequential, x: Tensor) -> Iterator[Row]:
+    """Several layers, several noisy inputs, and a network that ends in pooling."""
+    params = params_of(model)
+    with peer.LayerCAM(model, ["0", "3"], input_shape=(3, 16, 16)) as extractor:
+        found = extractor.fuse_cams(extractor(T, model(x))).detach()
+    map = pullback.fused_cam(params, model, x, T, layers=["0", "3"])[:, 0]
+    yield Row("fused_cam", map, found, remark="they take off the least value too, and scale before resizing")
+    parts = [maps.normalise(pullback.layer_cam(params, model, x, T, layer=name)) for name in ("0", "3")]
+    parts = [maps.resize(torch.tanh(2 * part), found.shape[1:]) for part in parts]
+    yield Row("the same, scaled before", torch.maximum(*parts)[:, 0], found)
+    with peer.SmoothGradCAMpp(model, "3", num_samples=4, std=0.3, input_shape=(3, 16, 16)) as extractor:
+        drawn, sample = [], extractor._distrib.sample
+        extractor._distrib.sample = lambda shape: drawn.append(sample(shape)) or drawn[-1]
+        with torch.random.fork_rng():
+            found = extractor(T, model(x))[0].detach()
+    settings: dict[str, Any] = {"layer": "3", "samples": 4, "noise": 0.3, "absolute": True}
+    map = pullback.smooth_grad_cam_plus_plus(params, model, x, T, **settings)
+    remark = "they multiply the third derivative before the sum, and take the last sample where the mean is due"
+    yield Row("smooth_grad_cam_plus_plus", maps.normalise(map)[:, 0], found, remark=remark)
+    slopes = torch.stack([pullback.gradient(params, model, x + draw, T, layer="3") for draw in drawn])
+    activation, last = (pullback.activation(params, model, place, layer="3") for place in (x, x + drawn[-1]))
+    below = 2 * (slopes**2).mean(0) + ((slopes**3).mean(0) * activation).sum((2, 3), keepdim=True) + 1e-8
+    weights = ((slopes**2).mean(0) / below * slopes[-1].clamp(min=0)).sum((2, 3))
+    map = maps.weighted_sum(last, weights).clamp(min=0)
+    yield Row("the same, by such sums and their draws", maps.normalise(map)[:, 0], found)
+    pooled = nn.Sequential(*list(model)[:5], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    with peer.CAM(pooled, "4", fc_layer="7", input_shape=(3, 16, 16)) as extractor:
+        found = extractor(T, pooled(x))[0].detach()
+    map = pullback.cam(params_of(pooled), pooled, x, T, layer="4", head="7")
+    yield Row("cam", maps.normalise(map)[:, 0], found)
 
 
 def _undivided(activation: Tensor, g: Tensor) -> Tensor:
