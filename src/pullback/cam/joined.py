@@ -35,8 +35,8 @@ def finer_cam(
 
     .. math:: f_t - \frac{\lambda}{n} \sum_{d} f_d
 
-    takes the place of the score, with the n classes d whose scores are nearest to that of the target. Costs a forward
-    and what `method` costs.
+    takes the place of the score, with the n classes d whose scores are nearest to that of the target, all alike;
+    pytorch-grad-cam weights them by their probabilities. Costs a forward and what `method` costs.
 
     Args:
         params, model, x, target, output, strict: See `gradient`; `target` is an index.
