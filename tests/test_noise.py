@@ -77,6 +77,9 @@ def test_draws_are_those_of_the_distribution_and_of_the_place():
     assert abs(float(n.mean())) < 0.02
     assert abs(float(n.std()) - 1) < 0.02
     assert torch.equal(normal(5, index[10:12], (7,), torch.float64), n[10:12])  # whatever else is drawn with it
+    large = uniform(5, index[:50], (7000,), torch.float64)  # more than is drawn together
+    assert torch.equal(uniform(5, index[40:41], (7000,), torch.float64), large[40:41])
+    assert torch.equal(uniform(5, index[:0], (7,), torch.float64), u[:0])
 
 
 def test_errors():

@@ -14,8 +14,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from pullback._torch import compiling
+
 Seed: TypeAlias = "int | Tensor"
 _LOW = 0xFFFFFFFF
+_CACHED = 2**16  # numbers that are drawn together on a CPU, so that what is between stays in its cache
 
 
 def _mixed(h: Tensor) -> Tensor:
@@ -27,8 +30,8 @@ def _mixed(h: Tensor) -> Tensor:
     return h ^ (h >> 15)
 
 
-def _bits(seed: Seed, samples: Tensor, positions: int, stream: int) -> Tensor:
-    """Give 32 random bits for each sample and position, ``[sample position]``, in int64."""
+def _hashed(seed: Seed, samples: Tensor, stream: int) -> Tensor:
+    """Give 32 random bits for each sample, ``[sample]``, in int64."""
     device = samples.device
     if isinstance(seed, Tensor):
         if seed.is_floating_point() or seed.numel() != 1:
@@ -38,17 +41,24 @@ def _bits(seed: Seed, samples: Tensor, positions: int, stream: int) -> Tensor:
         seed = torch.tensor(int(seed) & 0x7FFFFFFFFFFFFFFF, device=device)
     h = _mixed((seed & _LOW) ^ 0x9E3779B9)
     h = _mixed(h ^ ((seed >> 32) & _LOW) ^ (stream * 0x85EBCA6B & _LOW))
-    h = _mixed(h ^ (samples.long() & _LOW))
-    place = torch.arange(positions, device=device)
-    return _mixed(_mixed(h[:, None] ^ place) ^ ((place * 0x9E3779B1) & _LOW) ^ h[:, None])
+    return _mixed(h ^ (samples.long() & _LOW))
 
 
 def uniform(seed: Seed, samples: Tensor, shape: Sequence[int], dtype: torch.dtype, stream: int = 0) -> Tensor:
     """Draw from the open interval (0, 1), ``[sample *shape]``, for the sample indices given."""
     wide = torch.float32 if samples.device.type == "mps" else torch.float64
-    bits = _bits(seed, samples, math.prod(shape), stream)
-    numbers = ((bits >> 8).to(wide) + 0.5) / 2**24
-    return numbers.to(dtype).reshape(len(samples), *shape)
+    count, device = math.prod(shape), samples.device
+    place = torch.arange(count, device=device)
+    spread = (place * 0x9E3779B1) & _LOW
+
+    def drawn(h: Tensor) -> Tensor:
+        bits = _mixed(_mixed(h ^ place) ^ spread ^ h)
+        return (((bits >> 8).to(wide) + 0.5) / 2**24).to(dtype)
+
+    hashed = _hashed(seed, samples, stream).unsqueeze(1)
+    together = max(_CACHED // max(count, 1), 1) if device.type == "cpu" and not compiling() else len(samples)
+    parts = [drawn(h) for h in hashed.split(max(together, 1))]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(len(samples), *shape)
 
 
 def normal(seed: Seed, samples: Tensor, shape: Sequence[int], dtype: torch.dtype, stream: int = 0) -> Tensor:
