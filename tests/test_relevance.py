@@ -168,6 +168,25 @@ def test_conserved_on_language_models(name, attention):
         torch.testing.assert_close(relevance.flatten(1).sum(1), expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_positions_relative_to_each_other_are_constants():
+    """DeBERTa takes logarithms of integers for them, and T5 like it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.DebertaV2Config(
+        vocab_size=30, relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"], **sizes
+    )
+    model = transformers.DebertaV2ForSequenceClassification(config).double().eval()
+    ids, other = ({"input_ids": torch.tensor([tokens])} for tokens in ([1, 2, 3, 4], [1, 5, 5, 4]))
+    score, start = (model(**given).logits[:, 1].detach() for given in (ids, other))
+    where = {"layer": "deberta.embeddings", "output": "logits", "strict": True}
+    found = lrp(params_of(model), model, ids, 1, rules=rules.cp_lrp(1e-14, bias=False), **where)
+    torch.testing.assert_close(found.sum((1, 2)), score, rtol=1e-6, atol=1e-9)
+    found = deep_lift(params_of(model), model, ids, 1, baseline=other, **where)
+    torch.testing.assert_close(found.sum((1, 2)), score - start, rtol=1e-6, atol=1e-12)
+
+
 def test_flow_is_the_sum_at_each_layer():
     """All layers from one forward and one backward; calls of a reused layer are summed; targets together."""
     model = small("resnet")[0].double().eval()
@@ -225,6 +244,16 @@ FUNCTIONS: dict[str, Any] = {
     "max_pool1d and places": lambda x: F.max_pool1d(x, 2, 1, 1, return_indices=True)[0],
     "adaptive_max_pool1d": lambda x: torch.adaptive_max_pool1d(x, 3)[0],
     "max_pool2d": lambda x: torch.max_pool2d(x[None], 2, 1)[0],
+    "a weight that the network makes": lambda x: F.linear(x, x[:, :3].T @ x),
+    "a kernel that the network makes": lambda x: F.conv1d(x[None], x[:, :, None].expand(2, 4, 2)[:, :2], x[:, 0])[0],
+    "baddbmm": lambda x: torch.baddbmm(x[None, :, :2], batch1=x[None], batch2=x.T[None], beta=2, alpha=0.5)[0],
+    "addmm, scaled": lambda x: torch.addmm(x[:, :2], x, x.T, beta=2, alpha=0.5),
+    "operands by name": lambda x: torch.mul(input=F.gelu(input=x), other=F.softmax(input=x, dim=1)),
+    "norm by name": lambda x: F.layer_norm(input=x, normalized_shape=(4,), eps=1e-3),
+    "power by name": lambda x: torch.pow(input=x, exponent=3),
+    "integers": lambda x: x * torch.arange(1, 5).pow(2).log().abs(),
+    "a power of constants": lambda x: x * torch.tensor(2.0) ** torch.arange(4.0),
+    "a norm of constants": lambda x: x / torch.arange(4.0).norm(),
 }
 TOLD: dict[str, Any] = {
     "x**x": lambda x: x**x,

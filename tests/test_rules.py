@@ -354,6 +354,90 @@ def test_softmax_and_products_are_attn_lrp():
     torch.testing.assert_close(right, shares.sum(1))
 
 
+def shares_out(model: Any, x: Any, layer: str = "", target: Any = 1, output: Any = None) -> Tensor:
+    """Relevance at a layer less the score, where attention weights are constants and biases take nothing."""
+    options: dict[str, Any] = {"layer": layer, "output": output, "rules": rules.cp_lrp(1e-14, bias=False)}
+    parameters = params_of(model) if isinstance(model, nn.Module) else PARAMETERS
+    return lrp(parameters, model, x, target, strict=True, **options)
+
+
+PARAMETERS = {"w": torch.linspace(-1, 1, 16).double().reshape(4, 4).cos(), "b": torch.tensor([1.0, 2, 3, 4]).double()}
+WHOLE: dict[str, Any] = {  # nothing here takes relevance that is not the input
+    "a weight that the network makes": lambda p, x: F.linear(x, (x[:, :, None] * p["w"]).mean(0)),
+    "a kernel that the network makes": lambda p, x: F.conv1d(x[None], x.mean() * p["w"][:, :, None]).mean(2) + x[:, :4],
+    "addmm": lambda p, x: torch.addmm(p["b"], x, p["w"], beta=0.5, alpha=2.0),
+    "addmm to what depends on the input": lambda p, x: torch.addmm(x, x, p["w"], alpha=2.0),
+    "baddbmm by name": lambda p, x: torch.baddbmm(x[None], batch1=x[None], batch2=x[None], alpha=0.5)[0],
+    "signs": lambda p, x: x.sign() * x.abs().sqrt(),
+    "ones": lambda p, x: x * torch.ones_like(x),
+    "detached": lambda p, x: x * x.detach(),
+    "integers": lambda p, x: x * torch.arange(1, 5).pow(2).log(),
+    "standardised weights": lambda p, x: F.linear(x, F.batch_norm(p["w"][None], None, None, training=True)[0]),
+    "normalised weights": lambda p, x: F.linear(x, p["w"] / p["w"].norm(dim=1, keepdim=True)),
+    "operands by name": lambda p, x: torch.matmul(input=F.gelu(input=x), other=F.softmax(input=p["w"], dim=1)),
+}
+
+
+@pytest.mark.parametrize("name", list(WHOLE))
+def test_what_depends_on_the_input_takes_all(name):
+    """Weights that the network makes are factors; what parameters or integers make is neither shared nor told."""
+    x = torch.randn(4, 4, dtype=torch.float64)
+    found = shares_out(WHOLE[name], x).sum()
+    torch.testing.assert_close(found, WHOLE[name](PARAMETERS, x)[:, 1].sum())
+
+
+def test_a_written_activation_is_whole_by_a_key_of_its_layer():
+    """As `docs/relevance.md` has it: what the constant in ``1 + tanh`` takes is given back."""
+
+    class Written(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x.pow(3))))
+
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), Written(), nn.Linear(4, 2, bias=False)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    score, table = model(x)[:, 1], rules.cp_lrp(1e-14)
+    assert not torch.allclose(lrp(params_of(model), model, x, 1, rules=table).sum(1), score)
+    table[("1", torch.tanh)] = rules.constant()
+    torch.testing.assert_close(lrp(params_of(model), model, x, 1, rules=table).sum(1), score)
+
+
+def test_a_weight_that_the_network_makes_is_a_product():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    made = lambda p, x: F.linear(x, (x[:, :, None] * p["w"]).mean(0))  # noqa: E731
+    plain = lambda p, x: x @ (x[:, :, None] * p["w"]).mean(0).T  # noqa: E731
+    a, b = (lrp(PARAMETERS, model, x, 1, rules="epsilon") for model in (made, plain))
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["module", "fused"])
+def test_a_learned_query_takes_no_relevance(kind):
+    """Attention pooling: all of a score's relevance is the keys', as where it is written by hand."""
+
+    class Pooled(nn.Module):
+        def __init__(self, kind: str):
+            super().__init__()
+            self.kind, self.query = kind, nn.Parameter(torch.randn(1, 1, 4))
+            self.attention = nn.MultiheadAttention(4, 1, bias=False, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.query.expand(len(x), -1, -1)
+            if self.kind == "module":
+                return self.attention(q, x, x, need_weights=False)[0][:, 0]
+            q, k, v = (t @ w.T for t, w in zip((q, x, x), self.attention.in_proj_weight.chunk(3)))
+            if self.kind == "fused":
+                mixed = F.scaled_dot_product_attention(q, k, v)
+            else:
+                mixed = (q / 2 @ k.mT).softmax(-1) @ v
+            return self.attention.out_proj(mixed)[:, 0]
+
+    torch.manual_seed(0)
+    model, written = Pooled(kind).double().eval(), Pooled("written").double().eval()
+    written.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    found, expected = (lrp(params_of(m), m, x, 1, rules=rules.attn_lrp(1e-12)) for m in (model, written))
+    torch.testing.assert_close(found, expected)
+
+
 # ---- telling ------------------------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,18 @@ def arguments(args: Sequence[Any], kwargs: dict[str, Any], *names: tuple[str, An
     return [given[i] if i < len(args) else kwargs.get(name, default) for i, (name, default) in enumerate(names)]
 
 
+_OPERANDS = "input mat1 batch1 mat2 batch2 other tensor vec vec2 exponent normalized_shape num_groups".split()
+
+
+def by_place(operation: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """Give operands that were passed by name their places."""
+    if not kwargs:
+        return tuple(args), kwargs
+    names = [name for name in (*_OPERANDS, *(("weight",) if operation in LINEAR else ())) if name in kwargs]
+    named = tuple(kwargs[name] for name in names)
+    return (*args, *named), {name: v for name, v in kwargs.items() if name not in names}
+
+
 # -- what a run remembers of tensors
 
 
@@ -102,10 +114,16 @@ def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     return found
 
 
+_WITHOUT_DERIVATIVE = frozenset(
+    "detach sign sgn round floor ceil trunc heaviside zeros_like ones_like full_like empty_like rand_like randn_like "
+    "new_zeros new_ones new_full new_empty new_tensor".split()
+)
+
+
 def watch_constants(memo: dict[str, Any], func: Operation, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
     """Keep account of the tensors that are computed from parameters alone: they take no part in sharing relevance."""
-    fixed = operation_of(func) is not F.embedding and all(is_constant(t, memo) for t in tensors_in(args, kwargs))
-    if fixed:
+    fixed = operation_of(func) is not F.embedding and constants_only(args, kwargs, memo)
+    if fixed or getattr(func, "__name__", "") in _WITHOUT_DERIVATIVE:
         for value in result if isinstance(result, list | tuple) else (result,):
             if isinstance(value, Tensor) and value.is_floating_point():
                 mark_constant(value, memo)
@@ -120,6 +138,11 @@ def is_constant(t: Any, memo: dict[str, Any]) -> bool:
     if not isinstance(t, Tensor) or isinstance(t, torch.nn.Parameter) or not t.is_floating_point():
         return True
     return bool(recall(memo, "constants", t))
+
+
+def constants_only(args: Sequence[Any], kwargs: dict[str, Any], memo: dict[str, Any]) -> bool:
+    """Say whether an operation takes in nothing that depends on the input."""
+    return all(is_constant(t, memo) for t in tensors_in(args, kwargs))
 
 
 def mark_constant(t: Tensor, memo: dict[str, Any]) -> Tensor:
@@ -187,14 +210,16 @@ SUMMED_PRODUCTS = tuple(operation_of(op) for op in (torch.addmm, torch.baddbmm))
 LINEAR = (operation_of(F.linear), *CONVOLUTIONS, *TRANSPOSED)
 
 
+def summed_product(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Read what is added, the two factors, and what the sum and the product are multiplied by."""
+    return [*args, kwargs.get("beta", 1), kwargs.get("alpha", 1)]
+
+
 def linear_map(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], memo: Any) -> LinearMap | None:
     """Read an operation as a linear map of one input, where it is one."""
     if operation in LINEAR:
-        (input, weight, bias), rest = (
-            arguments(args[:3], kwargs, *((n, None) for n in ("input", "weight", "bias"))),
-            args[3:],
-        )
-        options = {k: v for k, v in kwargs.items() if k not in ("input", "weight", "bias")}
+        input, weight, bias = arguments(args[:3], kwargs, ("input", None), ("weight", None), ("bias", None))
+        rest, options = args[3:], {k: v for k, v in kwargs.items() if k != "bias"}
         if operation is F.linear:
             return LinearMap(operation, input, weight, bias, F.linear, -1, ())
         settings = _convolution(operation, input, weight, rest, options)
@@ -202,9 +227,10 @@ def linear_map(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, An
         return LinearMap(
             operation, input, weight, bias, lambda x, w: operation(x, w, None, *rest, **options), axis, settings
         )
-    if operation in SUMMED_PRODUCTS and not kwargs:
-        bias, input, weight = args[:3]
-        if is_constant(bias, memo) and is_constant(weight, memo) and not is_constant(input, memo) and len(args) == 3:
+    if operation in SUMMED_PRODUCTS:
+        bias, input, weight, beta, alpha = summed_product(args, kwargs)
+        if is_constant(bias, memo) and is_constant(weight, memo) and not is_constant(input, memo):
+            weight, bias = weight if alpha == 1 else alpha * weight, bias if beta == 1 else beta * bias
             return LinearMap(operation, input, weight, bias, torch.matmul, None, None)
     if operation in PRODUCTS and not kwargs:
         *equation, a, b = args if operation is not torch.einsum else (args[0], *_operands(args[1:]))
@@ -278,9 +304,18 @@ class LinearRule:
     watch = staticmethod(watch_constants)
 
     def __call__(self, operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+        args, kwargs = by_place(operation, args, kwargs)
         map = linear_map(operation, args, kwargs, memo)
         if map is None:
+            if operation in SUMMED_PRODUCTS:
+                bias, a, b, beta, alpha = summed_product(args, kwargs)
+                return beta * bias + alpha * self(torch.matmul, a, b, memo=memo)
             return product()(operation, *args, memo=memo, **kwargs) if operation in PRODUCTS else NotImplemented
+        if (
+            operation in LINEAR and not is_constant(map.weight, memo) and not self.plain
+        ):  # made by the network: a factor as well
+            factor = 1.0 if is_constant(map.input, memo) else 0.5
+            return map.biased(scaled(map.apply(map.input, map.weight), factor), map.bias)
         rule = self.met(memo)
         value = map.biased(map.apply(map.input if rule.is_epsilon else still(map.input), map.weight), map.bias)
         result = rule.finished(map, value)

@@ -12,6 +12,7 @@ up through any of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,20 @@ from torch.func import vjp
 
 from pullback import _native
 from pullback._ops import ACTIVATIONS, FUNCTIONS, Operation, Rule, Table, operation_of
-from pullback._relevance import BILINEAR, PRODUCTS, SUMMED_PRODUCTS, arguments, still
+from pullback._relevance import (
+    BILINEAR,
+    LINEAR,
+    PRODUCTS,
+    SUMMED_PRODUCTS,
+    Remembering,
+    arguments,
+    by_place,
+    constants_only,
+    is_constant,
+    still,
+    summed_product,
+    watch_constants,
+)
 
 Tape = list[tuple[Operation, tuple[Any, ...], dict[str, Any]]]
 Paired = Callable[..., Any]
@@ -97,8 +111,17 @@ def _product(operation: Operation, *args: Any, pair: tuple[Any, ...], **kwargs: 
     return product(lambda u, v: operation(*before, u, v), x, y, b, c)
 
 
-def _summed(operation: Operation, bias: Tensor, *factors: Any, pair: tuple[Any, ...], **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else bias + _product(torch.matmul, *factors, pair=pair[1:])
+def _summed(operation: Operation, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Any:
+    bias, x, y, beta, alpha = summed_product(args, kwargs)
+    return beta * bias + alpha * _product(torch.matmul, x, y, pair=pair[1:])
+
+
+def _linear(operation: Operation, x: Tensor, weight: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Any:
+    """Take a linear map whose weight the network makes for a product."""
+    (bias,), rest = arguments(args[:1], kwargs, ("bias", None)), args[1:]
+    options = {k: v for k, v in kwargs.items() if k != "bias"}
+    y = product(lambda u, v: operation(u, v, None, *rest, **options), x, weight, *pair[:2])
+    return y if bias is None else y + (bias if operation is F.linear else bias.reshape(-1, *[1] * (weight.ndim - 2)))
 
 
 def _quotient(operation: Operation, x: Any, y: Any, *, pair: tuple[Any, ...], **kwargs: Any) -> Any:
@@ -243,6 +266,7 @@ def _rules() -> dict[Operation, Paired]:
     rules: dict[Operation, Paired] = dict.fromkeys(ELEMENTWISE, _elementwise)
     rules |= dict.fromkeys((*PRODUCTS, *BILINEAR), _product)
     rules |= dict.fromkeys(SUMMED_PRODUCTS, _summed)
+    rules |= dict.fromkeys(LINEAR, _linear)
     rules |= {torch.pow: _power, torch.div: _quotient, torch.softmax: _softmax, torch.log_softmax: _softmax}
     rules |= {torch.layer_norm: _layer_norm, torch.group_norm: _group_norm, F.instance_norm: _instance_norm}
     rules |= {F.glu: _gated, torch.maximum: _larger, torch.minimum: _larger}
@@ -275,12 +299,13 @@ def _kept(value: Any) -> Any:
 def recording(tape: Tape) -> Table:
     """Give the table that runs operations as they are and keeps what goes into them."""
 
-    def rule(operation: Operation, *args: Any, **kwargs: Any) -> Any:
-        tape.append((operation, _kept(args), kwargs))
-        form = _native.FORMS.get(operation)
-        return operation(*args, **kwargs) if form is None else form(None, operation, *args, **kwargs)
+    def rule(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+        args, kwargs = by_place(operation, args, kwargs)
+        if not _is_linear(operation, args, kwargs, memo):
+            tape.append((operation, _kept(args), kwargs))
+        return _as_it_is(operation, *args, **kwargs)
 
-    return Table.of(dict.fromkeys(RULES, rule), name="DeepLIFT's rules")
+    return replace(Table.of(dict.fromkeys(RULES, Remembering(rule))), watch=watch_constants)
 
 
 def paired(tape: Tape) -> Table:
@@ -288,7 +313,10 @@ def paired(tape: Tape) -> Table:
     rest = iter(tape)
 
     def make(take: Paired) -> Rule:
-        def rule(operation: Operation, *args: Any, **kwargs: Any) -> Any:
+        def rule(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+            args, kwargs = by_place(operation, args, kwargs)
+            if _is_linear(operation, args, kwargs, memo):
+                return _as_it_is(operation, *args, **kwargs)
             recorded, pair, _ = next(rest, (None, (), {}))
             if recorded is not operation or _shapes(pair) != _shapes(args):
                 raise ValueError(
@@ -297,9 +325,26 @@ def paired(tape: Tape) -> Table:
                 )
             return take(operation, *args, pair=pair, **kwargs)
 
-        return rule
+        return Remembering(rule)
 
-    return Table.of({op: make(take) for op, take in RULES.items()}, tell=_TOLD, name="DeepLIFT's rules")
+    def untouched(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+        return _as_it_is(operation, *args, **kwargs) if constants_only(args, kwargs, memo) else NotImplemented
+
+    rules: dict[Operation, Rule] = dict.fromkeys(map(operation_of, _TOLD), Remembering(untouched))
+    rules |= {op: make(take) for op, take in RULES.items()}
+    return replace(Table.of(rules, tell=_TOLD, name="DeepLIFT's rules"), watch=watch_constants)
+
+
+def _is_linear(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], memo: dict[str, Any]) -> bool:
+    """Say whether the derivative is the secant: parameters alone, or a linear map by them."""
+    if operation in LINEAR:
+        return is_constant(args[1], memo)
+    return constants_only(args, kwargs, memo)
+
+
+def _as_it_is(operation: Operation, *args: Any, **kwargs: Any) -> Any:
+    form = _native.FORMS.get(operation)
+    return operation(*args, **kwargs) if form is None else form(None, operation, *args, **kwargs)
 
 
 def _shapes(args: Any) -> list[Any]:

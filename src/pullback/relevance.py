@@ -319,7 +319,8 @@ def deep_lift(
     writing the same function, so it would be the rescale rule in one half of a network and not in the other.
 
     What selects by values of the input other than those operations (`torch.where` with a condition that differs between
-    `x` and `baseline`, indexing by a sort of one's own) is taken as selected at `x`.
+    `x` and `baseline`, indexing by a sort of one's own) is taken as selected at `x`, and what has no derivative
+    (`sign`, `round`, `detach`) for a constant.
 
     Args:
         params, model, x, target, layer, at, output: See `gradient`. A function as `target` must be linear.
@@ -364,7 +365,7 @@ def _recorded(
     def edit(at: Site, call: int, tensor: Tensor) -> Tensor:
         if site.call in (None, call):
             read.append(tensor.clone())
-        return tensor
+        return torch.ops.aten.clone.default(tensor)  # new to the rules, as what the second run adds to is
 
     sites = (site,) if site.name else ()
     run(params, model, x, output=output, table=_secant.recording(tape), sites=sites, edit=edit if site.name else None)

@@ -37,6 +37,7 @@ from pullback._relevance import (
     Remembering,
     Share,
     arguments,
+    constants_only,
     is_constant,
     maps_met,
     mark_constant,
@@ -48,6 +49,7 @@ from pullback._relevance import (
     stabilised,
     still,
     version,
+    watch_constants,
 )
 from pullback._targets import readable
 
@@ -660,9 +662,26 @@ for _name, _composite in {
 
 def _table(mapping: Mapping[Any, Rule], name: str) -> Table:
     """Make a table of a mapping; one that shares out relevance watches what is constant, and tells what bends."""
-    table = Table.of(mapping, name=name)
-    watches = [rule.watch for rule in mapping.values() if isinstance(rule, LinearRule | Remembering)]
-    return replace(table, watch=watches[0], tell=_TOLD - set(relu.RECTIFIERS)) if watches else table
+    if not any(isinstance(rule, LinearRule | Remembering) for rule in mapping.values()):
+        return Table.of(mapping, name=name)
+    told = _TOLD - set(relu.RECTIFIERS)
+    untouched = dict.fromkeys(told, lambda *args, **kwargs: NotImplemented)
+    chosen = {key: _of_the_input(rule) for key, rule in {**untouched, **mapping}.items()}
+    return replace(Table.of(chosen, name=name), watch=watch_constants, tell=told)
+
+
+def _of_the_input(rule: Rule) -> Rule:
+    """Leave what is computed from parameters alone as it is: there is no relevance to share out, nor to tell of."""
+    if getattr(rule, "writes", False):
+        return rule
+    wants_memo = getattr(rule, "wants_memo", False)
+
+    def chosen(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
+        if constants_only(args, kwargs, memo):
+            return _value(operation, *args, **kwargs)
+        return rule(operation, *args, memo=memo, **kwargs) if wants_memo else rule(operation, *args, **kwargs)
+
+    return Remembering(chosen)
 
 
 def table_of(rules: Rules) -> Table | None:
