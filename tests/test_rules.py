@@ -575,3 +575,32 @@ def test_zennit_with_its_canonizer_agrees_on_a_resnet(name):
     chosen = rules.composed(RULES[rule][0])
     ours = lrp(params_of(model), model, x, torch.tensor([1, 3]), rules=chosen)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "name", ["EpsilonPlus", "EpsilonPlusFlat", "EpsilonAlpha2Beta1", "EpsilonAlpha2Beta1Flat", "EpsilonGammaBox"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_zennit_composites_agree_as_they_come(name):
+    """By their names, on a VGG with batch norm and zennit's canonizer for it."""
+    composites = pytest.importorskip("zennit.composites")
+    attribution = pytest.importorskip("zennit.attribution")
+    canonizer = pytest.importorskip("zennit.torchvision").VGGCanonizer()
+    torch.manual_seed(0)
+    layers = []
+    for n, m in [(3, 6), (6, 8)]:
+        norm = nn.BatchNorm2d(m, eps=0.0)  # zennit adds it again to the variance of 1 that merging leaves
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.running_mean, -0.1, 0.1)
+        layers += [nn.Conv2d(n, m, 3, padding=1), norm, nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    layers += [nn.Flatten(), nn.Linear(128, 16), nn.ReLU(inplace=True), nn.Linear(16, 5)]
+    model, x = nn.Sequential(*layers).double().eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    box = {"low": torch.full_like(x, -4), "high": torch.full_like(x, 4)} if name == "EpsilonGammaBox" else {}
+    composite = getattr(composites, name)(canonizers=[canonizer], **box)
+    with attribution.Gradient(model=model, composite=composite) as attributor:
+        _, theirs = attributor(x.clone().requires_grad_(), lambda y: torch.eye(5).double()[[1, 3]] * y)
+    named = {"EpsilonPlus": "epsilon_plus", "EpsilonPlusFlat": "epsilon_plus_flat"}
+    named |= {"EpsilonAlpha2Beta1": "epsilon_alpha2_beta1", "EpsilonAlpha2Beta1Flat": "epsilon_alpha2_beta1_flat"}
+    chosen: Any = named.get(name) or rules.epsilon_gamma_box(-4, 4)
+    ours = lrp(params_of(model), model, x, torch.tensor([1, 3]), rules=chosen)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
