@@ -217,6 +217,7 @@ def summed_product(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
 
 def linear_map(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], memo: Any) -> LinearMap | None:
     """Read an operation as a linear map of one input, where it is one."""
+    args, kwargs = by_place(operation, args, kwargs)
     if operation in LINEAR:
         input, weight, bias = arguments(args[:3], kwargs, ("input", None), ("weight", None), ("bias", None))
         rest, options = args[3:], {k: v for k, v in kwargs.items() if k != "bias"}

@@ -203,11 +203,14 @@ def _late(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any)
     return NotImplemented if map is None else _Late.apply(map.input, map)
 
 
+_RULED = tuple(operation for operation in LINEAR if operation in rules.excitation_torchray())
+
+
 def _table(negated: str | None = None) -> Table:
     """Give TorchRay's rules; those of the layer `negated` as if its weight were of the other sign."""
     table = rules.table_of("excitation_torchray")
     assert table is not None
-    linear = {operation: _told_negative(table.rules[operation]) for operation in LINEAR if operation in table.rules}
+    linear = {operation: _told_negative(table.rules[operation]) for operation in _RULED}
     add = operation_of(torch.add)
     by_layer = list(table.by_layer)
     if negated is not None:
@@ -241,7 +244,7 @@ class ExcitationBackpropContext(RuleContext):
 
     def _rules(self) -> Table:
         table = self.table()
-        late = {operation: _told_negative(_late) for operation in LINEAR if operation in table.rules}
+        late = {operation: _told_negative(_late) for operation in _RULED if operation in table.rules}
         return replace(table, rules={**table.rules, **late})
 
 
