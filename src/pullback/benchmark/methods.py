@@ -46,10 +46,19 @@ def edges(params: Any, model: Any, x: Tensor, target: Any) -> Tensor:
 
 
 def xrai_of_its_segments(
-    params: Any, model: Any, x: Tensor, target: Any, *, scales: tuple[float, ...], **options: Any
+    params: Any,
+    model: Any,
+    x: Tensor,
+    target: Any,
+    *,
+    scales: tuple[float, ...],
+    least_size: int,
+    dilation: int,
+    **options: Any,
 ) -> Tensor:
     """XRAI on Felzenszwalb's segments of the image."""
-    segments = pullback.felzenszwalb_segments(x[0].expand(3, -1, -1), scales)
+    how = {"least_size": least_size, "dilation": dilation}
+    segments = pullback.felzenszwalb_segments(x[0].expand(3, -1, -1), scales, **how)
     return pullback.xrai(params, model, x, target, segments=segments, **options)
 
 
@@ -91,12 +100,18 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
     path, scored = {"steps": steps, **chunk}, {"layer": places.narrow, **chunk}
     half = {"steps": max(steps // 2, 2), **chunk}
     others = torch.stack([e.x for e in examples[-3:]])
-    scales = tuple(round(scale * size[0] / 224, 1) for scale in (150, 500, 1200))
+    relative = size[0] / 224  # what methods give in pixels is meant for images of this size
+    segments = {
+        "scales": tuple(round(scale * relative, 1) for scale in (150, 500, 1200)),
+        "least_size": round(150 * relative**2),
+        "dilation": round(5 * relative),
+    }
     features = cells(size, side)
     coarse = cells(size, max(side // 2, 3))
     window = tuple(n // 4 for n in size)
     covered = {"window": window, "stride": tuple(n // 2 for n in window)}
     masked = {"samples": samples, **chunk}
+    covers = max(size[0] // 16, 8)
     return {
         "centre (control)": Entry(centre),
         "random (control)": Entry(random_map),
@@ -115,7 +130,7 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
         "conductance": Entry(pullback.conductance, {**half, **at}),
         "internal_influence": Entry(pullback.internal_influence, {**half, **at}),
         "full_grad": Entry(pullback.full_grad),
-        "xrai": Entry(xrai_of_its_segments, {**half, "scales": scales}),
+        "xrai": Entry(xrai_of_its_segments, {**half, **segments}),
         "cam": Entry(pullback.cam, {**at, "head": places.head}),
         "grad_cam": Entry(pullback.grad_cam, at),
         "linear_approx": Entry(pullback.linear_approx, at),
@@ -169,7 +184,13 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
             },
         ),
         "meaningful_perturbation": Entry(
-            pullback.meaningful_perturbation, {"iterations": samples // 2, "cells": max(size[0] // 16, 8)}
+            pullback.meaningful_perturbation,
+            {
+                "iterations": samples * 3 // 2,
+                "cells": covers,
+                "area": round(1e-4 * (28 / covers) ** 2, 6),  # the same weight in all as of the method's 28 x 28 cells
+                "jitter": max(round(4 * relative), 1),
+            },
         ),
     }
 
