@@ -25,6 +25,7 @@ from pullback._probe import described, known, probe, remember, shapes
 from pullback._shell import Params, Shell, is_scripted, named_layers
 from pullback._taps import Layer, Seen, Site, around, attach
 from pullback._targets import (
+    Back,
     Pull,
     check_indices,
     check_range,
@@ -344,7 +345,7 @@ def _measured(edit: Callable[[Site, int, Tensor], Tensor], mode: swapped) -> Cal
 
     def edited(site: Site, call: int, tensor: Tensor) -> Tensor:
         if call == 0:
-            mode.largest = tensor.numel() * tensor.element_size()
+            mode.largest, mode.products = tensor.numel() * tensor.element_size(), 0
         return edit(site, call, tensor)
 
     return edited if mode.measures else edit
@@ -479,7 +480,10 @@ def pullback(
     tensors = leaves.tensors if given is None else tuple(given)
     outputs, back, _ = linearised(forward, tensors, _is_plain(params, model, leaves, tensors, output))
     return Pulled(
-        outputs[0], tensors, shared_pull(back, outputs), lambda tensors: leaves.rebuild(tensors, lambda v: None)
+        outputs[0],
+        tensors,
+        shared_pull(back, outputs, tensors),
+        lambda tensors: leaves.rebuild(tensors, lambda v: None),
     )
 
 
@@ -502,13 +506,13 @@ def _is_plain(params: Params, model: Model, leaves: Leaves, primals: Sequence[Te
 
 def linearised(
     function: Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]], primals: Sequence[Tensor], plain: bool
-) -> tuple[tuple[Tensor, ...], Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], tuple[Tensor, ...]]:
+) -> tuple[tuple[Tensor, ...], Back, tuple[Tensor, ...]]:
     """Give outputs, pull and auxiliary tensors: `torch.func.vjp`, or `torch.autograd` where no transform is at work.
 
-    They give the same; a call of torch.func costs some 10 microseconds an operation more.
+    They give the same; a call of torch.func costs some 10 microseconds an operation more. `None` is a cotangent of 0.
     """
     if not plain:
-        return vjp(function, *primals, has_aux=True)  # pyright: ignore[reportReturnType]
+        return _by_vjp(function, primals)
     try:
         with nullcontext() if current_level() is None else outside_transforms(), torch.enable_grad():
             leaves = [(p.clone() if p.is_inference() else p.detach()).requires_grad_() for p in primals]
@@ -516,17 +520,17 @@ def linearised(
     except RuntimeError as error:
         if current_level() is None or "vmap" not in str(error):
             raise
-        return vjp(function, *primals, has_aux=True)  # pyright: ignore[reportReturnType]  # a rule holds the target
-    reached = [i for i, output in enumerate(outputs) if output.requires_grad]
+        return _by_vjp(function, primals)  # a rule holds the target
 
-    def pull(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def pull(cotangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        reached = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
         if not reached:  # nothing on the way to the output depends on the primals
             return tuple(torch.zeros_like(p) for p in leaves)
-        keep = torch.is_grad_enabled() and any(c.requires_grad for c in cotangents)
+        keep = torch.is_grad_enabled() and any(c.requires_grad for _, c in reached)
         gradients = torch.autograd.grad(
-            [outputs[i] for i in reached],
+            [y for y, _ in reached],
             leaves,
-            [cotangents[i] for i in reached],
+            [c for _, c in reached],
             retain_graph=True,
             create_graph=keep,
             allow_unused=True,
@@ -534,6 +538,15 @@ def linearised(
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, leaves, strict=True))
 
     return tuple(output.detach() for output in outputs), pull, tuple(a.detach() for a in auxiliary)
+
+
+def _by_vjp(function: Callable[..., Any], primals: Sequence[Tensor]) -> tuple[Any, Back, Any]:
+    outputs, back, auxiliary = vjp(function, *primals, has_aux=True)  # pyright: ignore[reportAssignmentType]
+
+    def pull(cotangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        return back(tuple(torch.zeros_like(y) if c is None else c for y, c in zip(outputs, cotangents, strict=True)))
+
+    return outputs, pull, auxiliary
 
 
 class _Surprise(Exception):
@@ -581,7 +594,7 @@ def _pullback_to_seen(
     # a zero takes no memory until something is added to it
     zeros = [torch.zeros((), dtype=seen[i].dtype, device=device).expand(seen[i].shape) for i in chosen]
 
-    def forward(*deltas: Tensor) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+    def forward(*deltas: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         activations: dict[int, Tensor] = {}
 
         def edit(site: Site, call: int, activation: Tensor) -> Tensor:
@@ -605,15 +618,17 @@ def _pullback_to_seen(
         )
         if len(activations) != len(chosen):
             raise _Surprise
-        return (y,), tuple(activations[call] for call in chosen)
+        return (y, *head_input()), tuple(activations[call] for call in chosen)
 
     plain = _is_plain(params, model, Leaves(x), (*zeros, *(given or ())), output)
-    (y,), back, activations = linearised(forward, zeros, plain)
+    outputs, back, activations = linearised(forward, zeros, plain)
 
-    def pull(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def pull(cotangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         return tuple(g.to(a.dtype) for g, a in zip(back(cotangents), activations, strict=True))
 
-    return Pulled(y, activations, shared_pull(pull, (y,)), lambda tensors: _sum_calls(tensors, site))
+    return Pulled(
+        outputs[0], activations, shared_pull(pull, outputs, activations), lambda tensors: _sum_calls(tensors, site)
+    )
 
 
 def _sum_calls(tensors: Sequence[Tensor], site: Site) -> Tensor:

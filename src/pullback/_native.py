@@ -1,7 +1,8 @@
-"""Torch operations whose own form is wrong, random, unbatched or without a second derivative, in a form that is right.
+"""Torch operations whose own form is wrong, random, unbatched, wasteful or has no second derivative, in a better one.
 
 - `batch_norm`, `instance_norm`: on a CPU the native backward is silently wrong at batch size 1 when the cotangent comes
   back in channels-last-like strides. In eval mode batch norm is an affine map, and its backward one multiplication.
+- `adaptive_avg_pool` to one position: its backward writes the same number to every position.
 - `scaled_dot_product_attention`: the fused kernels have no batching rule and no second derivative. The explicit form
   holds the attention matrix, ``[batch head query key]``.
 - `multi_head_attention_forward`: one Python function that would hide its parts (linear, softmax) from the rules.
@@ -129,6 +130,15 @@ def _instance_norm(
     mean, var = wide.mean(dims, keepdim=True), wide.var(dims, unbiased=False, keepdim=True)
     weight, bias = (None if v is None else _per_channel(v, input) for v in (weight, bias))
     return _normalised(input, mean, var, weight, bias, eps)
+
+
+def _pooled(mode: Any, func: Form, input: Tensor, output_size: Any) -> Tensor:
+    """Average over all positions as a sum and a quotient: the same number, and a cotangent that takes no memory."""
+    axes = int(func.__name__[-2])
+    sizes = (output_size,) * axes if isinstance(output_size, int) else tuple(output_size)
+    if any(n != 1 for n in sizes) or input.ndim != axes + 2 or input.dtype not in (torch.float32, torch.float64):
+        return func(input, output_size)
+    return input.sum(tuple(range(2, input.ndim)), keepdim=True) / math.prod(input.shape[2:])
 
 
 def _torch_norm(form: Form) -> Form:
@@ -393,6 +403,8 @@ def _forms() -> dict[Form, Form]:
         Tensor.__rmatmul__: _reflected(torch.matmul),
         Tensor.__ipow__: _power,
     }
+    for axes in (1, 2, 3):
+        forms[getattr(F, f"adaptive_avg_pool{axes}d")] = _pooled
     for name in ("clamp", "clip"):
         for home in (torch, Tensor):
             forms[getattr(home, name + "_")] = _written(getattr(torch, name))

@@ -185,6 +185,9 @@ def activations() -> frozenset[Operation]:
     return frozenset(operation_of(getattr(F, name)) for name in ACTIVATIONS)
 
 
+_WEIGHTED = frozenset((F.linear, F.conv1d, F.conv2d, F.conv3d))
+
+
 class swapped(TorchFunctionMode):
     """Run torch operations by the rules of a table, and what torch gets wrong by `pullback._native`.
 
@@ -200,6 +203,7 @@ class swapped(TorchFunctionMode):
         self.memo: dict[str, Any] = {}  # what the rules keep for the length of this run
         self.measures = False  # keep account of what operations put out
         self.largest = 0  # in bytes
+        self.products = 0  # of inputs and weights, in linear layers and convolutions
         self.linear: tuple[Tensor, Tensor, Tensor] | None = None  # input, weight and output of the last linear map
 
     def tell(self, what: str) -> None:
@@ -236,8 +240,9 @@ class swapped(TorchFunctionMode):
         if self.measures and isinstance(result, Tensor):
             size = result.numel() * result.element_size()
             self.largest = max(self.largest, size)
-            if func is F.linear and len(args) > 1:
-                self.linear = (args[0], args[1], result)
+            if func in _WEIGHTED and len(args) > 1:
+                self.products += result.numel() * (args[1].numel() // args[1].shape[0])
+                self.linear = (args[0], args[1], result) if func is F.linear else self.linear
         return result
 
     def _spelling(self, func: Operation) -> Spelling | None:

@@ -17,7 +17,7 @@ from pullback._ops import swapped
 from pullback._torch import compiling, current_level, functorch, is_functorch_wrapped_tensor
 
 Tensors = tuple[Tensor, ...]
-Back = Callable[[Tensors], Tensors]
+Back = Callable[[Sequence[Tensor | None]], Tensors]
 Reduce = Callable[[Tensors], Tensors]
 
 
@@ -28,6 +28,8 @@ class Pull(Protocol):
 
 
 CPU_BUDGET, DEVICE_BUDGET = 24 * 2**20, 512 * 2**20  # bytes for the cotangents of a chunk
+
+LARGE_HEAD = 2**14  # weights, from which it is worth while to go round a head's product
 
 
 @dataclass
@@ -40,6 +42,8 @@ class _Many:
     largest: int = 0  # bytes that the largest operation of the forward put out
     clean: bool | None = None  # whether all indices met are known to be classes
     head: tuple[Tensor, Tensor] | None = None  # input and weight of a linear map that gives the output
+    linear: bool = False  # whether what a cotangent is pulled back to is linear in it
+    products: int = 0  # of inputs and weights in a forward
 
 
 _local = threading.local()
@@ -164,28 +168,51 @@ def note_forward(mode: swapped, output: Tensor) -> None:
     running = _running()
     if running is not None:
         running.largest = max(running.largest, mode.largest)
-        is_head = mode.table is None and mode.linear is not None and mode.linear[2] is output
+        is_head = mode.linear is not None and mode.linear[2] is output and _is_constant(mode.linear[1])
         running.head = mode.linear[:2] if is_head and mode.linear is not None else None
+        running.linear, running.products = mode.table is None, mode.products
+
+
+def _is_constant(weight: Tensor) -> bool:
+    return not (weight.requires_grad or is_functorch_wrapped_tensor(weight))
 
 
 def head_input() -> tuple[Tensor, ...]:
     """Give the input of the linear head of the forward that was just run, where pulling from there may be cheaper."""
     running = _running()
-    if running is None or running.head is None:
+    if running is None or running.head is None or running.head[0].ndim != 2 or running.head[1].numel() < LARGE_HEAD:
         return ()
-    hidden, _ = running.head
-    return (hidden,) if hidden.ndim == 2 and len(running.targets) > hidden.shape[1] else ()
+    return running.head[:1]
 
 
-def shared_pull(back: Back, outputs: tuple[Tensor, ...]) -> Pull:
+def _combines(running: _Many, width: int, primals: Sequence[Tensor]) -> bool:
+    """Say whether a pull for each unit of a narrow head, and a combination of them a target, take fewer products."""
+    count, numbers = len(running.targets), sum(p.numel() for p in primals)
+    return running.linear and (count - width) * running.products > count * width * numbers
+
+
+def _rows(weight: Tensor, cotangents: Tensor) -> Tensor | None:
+    """Give cotangents ``[target batch unit]`` at a head's input for one-hot ``[target batch class]`` at its output.
+
+    They are rows of its weight. None where the cotangents are not one-hot.
+    """
+    if cotangents.ndim != 3 or not readable(cotangents) or not readable(weight):
+        return None
+    chosen = cotangents.argmax(2)
+    hot = torch.zeros_like(cotangents).scatter_(2, chosen.unsqueeze(2), 1)
+    return weight[chosen] if torch.equal(hot, cotangents) else None
+
+
+def shared_pull(back: Back, outputs: Tensors, primals: Sequence[Tensor] = ()) -> Pull:
     """Make the pull of a forward's output; the targets that are run together go in chunks through the one forward.
 
-    `back` takes a cotangent for each of `outputs`: the output and, where there are more targets than the head is wide,
-    the head's input. The pull is linear: one for each unit of that input, and a combination of them, serve all targets.
+    `back` takes a cotangent for each of `outputs`: the output and, where it is that of a linear head, the head's input.
+    Where there are more targets than the head is wide and the pull is linear, one for each unit of that input, and a
+    combination of them, serve all targets. `primals` are what it pulls back to.
     """
 
     def pull(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
-        gradients = back((cotangent, *map(torch.zeros_like, outputs[1:])))
+        gradients = back((cotangent, *[None] * len(outputs[1:])))
         return _finished(gradients, cotangent, reduce)
 
     running = _running()
@@ -202,17 +229,23 @@ def shared_pull(back: Back, outputs: tuple[Tensor, ...]) -> Pull:
         if size >= count and weight is None:
             return pull(cotangent, reduce)
         whole = functorch._remove_batch_dim(cotangent, level, count, 0)
-        if weight is None:
-            parts = _in_chunks(_vectorised(lambda c: pull(c, reduce)), whole, size)
-        else:
+        if weight is not None and _combines(running, weight.shape[1], primals):
             parts = _combined(back, outputs, weight, whole, size, reduce)
+        elif weight is not None and (rows := _rows(weight, whole)) is not None:
+            parts = _in_chunks(_vectorised(lambda c: _reduced(back((None, c)), reduce)), rows, size)
+        else:
+            parts = _in_chunks(_vectorised(lambda c: pull(c, reduce)), whole, size)
         return tuple(functorch._add_batch_dim(part, 0, level) for part in parts)
 
     return chunked
 
 
+def _reduced(gradients: Tensors, reduce: Reduce | None) -> Tensors:
+    return gradients if reduce is None else reduce(gradients)
+
+
 def _finished(gradients: Tensors, cotangent: Tensor, reduce: Reduce | None) -> Tensors:
-    result = gradients if reduce is None else reduce(gradients)
+    result = _reduced(gradients, reduce)
     return result if clean() or readable(cotangent) else tuple(_poisoned(r, cotangent) for r in result)
 
 
@@ -220,10 +253,10 @@ def _combined(
     back: Back, outputs: Tensors, weight: Tensor, cotangents: Tensor, size: int, reduce: Reduce | None
 ) -> list[Tensor]:
     """Pull each unit of the head's input back once: the pull of a cotangent is a combination of these."""
-    zero, hidden = torch.zeros_like(outputs[0]), outputs[-1]
+    hidden = outputs[-1]
     units = torch.eye(weight.shape[1], dtype=hidden.dtype, device=weight.device)
     units = units.unsqueeze(1).expand(-1, *hidden.shape)
-    basis = _in_chunks(_vectorised(lambda unit: back((zero, unit))), units, size)
+    basis = _in_chunks(_vectorised(lambda unit: back((None, unit))), units, size)
 
     def combine(chunk: Tensor) -> Tensors:
         shares = chunk @ weight.to(chunk.dtype)
