@@ -1,7 +1,8 @@
 """Metrics against the loops that other libraries run.
 
-- Model parameter randomisation: all draws of a layer in one call under `vmap`, against a loop over draws, with a deep
-  copy of the model for each, and layers; and Quantus, where it is installed, on as many models.
+- Model parameter randomisation, of one image and of several: all draws of a layer in one call under `vmap`, against a
+  loop over draws, with a deep copy of the model for each, and layers; and Quantus, where it is installed, on as many
+  models. The loop is given its weights, and so is ours; ours that draws them is listed as well.
 - Insertion and deletion: steps of the whole batch in chunks, against one image and one step at a time; and Quantus,
   which takes one step of the batch at a time.
 
@@ -171,16 +172,21 @@ def main() -> None:
     x = torch.rand(options.images, channels, size, size, device=options.device)
     modern = options.device == "cpu" and not options.smoke
     rows, results = [], {}
-    groups = (
-        ("ours", randomisation(model, x, options.samples, modern)),
-        ("deletion, ours", curves(model, x, options.steps, modern)),
-    )
-    for reference, runs in groups:
+    groups = [
+        (
+            f", {count} image{'s' * (count > 1)}",
+            "ours, weights given",
+            randomisation(model, x[:count], options.samples, modern),
+        )
+        for count in sorted({1, options.images})
+    ]
+    groups.append(("", "deletion, ours", curves(model, x, options.steps, modern)))
+    for about, reference, runs in groups:
         times = seconds(runs, options.rounds, options.device)
         for name, taken in times.items():
             times_ours = ratio(taken, times[reference])
-            rows.append((name, milliseconds(taken), with_spread(times_ours)))
-            results[name] = {"seconds": taken, "of ours": times_ours}
+            rows.append((name + about, milliseconds(taken), with_spread(times_ours)))
+            results[name + about] = {"seconds": taken, "of ours": times_ours}
     layers = len({name.rpartition(".")[0] for name, _ in model.named_parameters()})
     about = (
         f"{options.network}, {options.images} images of {size} px. Randomisation, the first rows: {layers} layers, "
