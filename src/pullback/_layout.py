@@ -42,7 +42,7 @@ def channels_last(params: Params, model: nn.Module) -> Params | None:
         given.update(part)
     laid: dict[str, Tensor] = {}
     for name, layer in named_layers(model):
-        if type(layer) is not nn.Conv2d or is_scripted(layer):
+        if not isinstance(layer, nn.Conv2d) or is_scripted(layer):
             continue
         key = f"{name}.weight" if name else "weight"
         weight = given.get(key, layer._parameters.get("weight"))
