@@ -54,6 +54,23 @@ def test_values_are_those_of_the_own_layout(end, batch, dtype, monkeypatch):
     assert STRIDES[-1][1] != 1
 
 
+def test_convolutions_of_a_class_of_their_own():
+    """As networks have them that pad as TensorFlow does."""
+
+    class Padded(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(nn.functional.pad(input, (0, 1, 0, 1)))
+
+    net, x = Net().eval(), torch.rand(2, 3, 14, 14)
+    own = net.body[0]
+    net.body[0] = Padded(3, 8, 3, stride=2).eval()
+    net.body[0].load_state_dict(own.state_dict())
+    net.body[3] = nn.Identity()
+    net.head = nn.Linear(8 * 49, 4)
+    masks_of(net, x)
+    assert STRIDES[-1][1] == 1
+
+
 def test_nothing_of_the_callers_changes():
     net, x = Net().eval(), torch.rand(1, 3, 15, 15)
     params = params_of(net)
