@@ -32,7 +32,7 @@ bench: .venv/bench-ready
 test: check
 	$(PYTEST)
 
-test-all: check
+test-all: check .venv/all-ready
 	$(PYTEST) -m ""
 
 test-oldest: .venv-oldest/ready
@@ -57,6 +57,10 @@ check: .venv/test-ready
 
 .venv/test-ready: .venv/torch-ready pyproject.toml
 	$(PIP) --editable '.[test]'
+	touch $@
+
+.venv/all-ready: .venv/test-ready
+	$(PIP) --editable '.[ray]'
 	touch $@
 
 # The wheel of torch 2.0.1 for Linux loads CUDA's libraries even where there is no GPU: pip fetches them with it.
