@@ -1,6 +1,6 @@
 # make demo      explain a photograph with a real network; figure and maps under out/demo/
 # make gallery   every method on one photograph, in docs/gallery.jpg
-# make bench     measure everything beside other libraries, and write the tables (20 minutes)
+# make bench     measure everything beside other libraries, and write the tables (up to an hour)
 # make test      lint, types, tests, doctests and notebooks
 # make test-all  the slow tests too
 # make test-oldest  the tests on torch 2.0.1 and the oldest einops and matplotlib, in .venv-oldest (5 GB)

@@ -239,7 +239,8 @@ def _rounded(value: Any) -> Any:
 
 def measured_on(about: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-    return f"{about['device']}, {about['threads']} threads, Python {about['python']}, {versions}, {about['date']}."
+    threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
+    return f"{about['device']}, {threads}, Python {about['python']}, {versions}, {about['date']}."
 
 
 def gap(a: Tensor, b: Tensor) -> float:
