@@ -95,14 +95,13 @@ def _batch_norm(
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         mean, var = wide.mean(dims, keepdim=True), wide.var(dims, unbiased=False, keepdim=True)
     else:
-        if func is F.batch_norm and _is_constant(running_mean, running_var, weight, bias):
-            if input.dtype != running_mean.dtype:
-                pass
-            elif _is_constant(input):
+        same = func is F.batch_norm and input.dtype == running_mean.dtype
+        if same and _is_constant(running_mean, running_var, weight, bias):
+            if _is_constant(input):
                 return torch.batch_norm(
                     input, weight, bias, running_mean, running_var, False, momentum, eps, torch.backends.cudnn.enabled
                 )
-            elif current_level() is None:
+            if current_level() is None:
                 return _Normed.apply(input, running_mean, running_var, weight, bias, eps)  # pyright: ignore[reportReturnType]
         wide_dtype = torch.promote_types(running_mean.dtype, torch.float32)
         mean, var = running_mean.to(wide_dtype), running_var.to(wide_dtype)

@@ -175,7 +175,7 @@ class Shell:
                         self._slots.setdefault(id(tensor), []).append((owned, name))
             else:
                 attributes[kind] = {}
-        if attributes["_buffers"] and type(module).__module__ != "torch.nn.modules.batchnorm":
+        if attributes["_buffers"] and not isinstance(module, nn.modules.batchnorm._NormBase):
             for name, buffer in attributes["_buffers"].items():
                 if buffer is not None and buffer.numel() <= 1:  # a counter that `forward` moves in place
                     attributes["_buffers"][name] = buffer.clone()

@@ -168,13 +168,10 @@ def note_forward(mode: swapped, output: Tensor) -> None:
     running = _running()
     if running is not None:
         running.largest = max(running.largest, mode.largest)
-        is_head = mode.linear is not None and mode.linear[2] is output and _is_constant(mode.linear[1])
-        running.head = mode.linear[:2] if is_head and mode.linear is not None else None
+        hidden, weight, result = mode.linear or (output, output, None)
+        is_head = result is output and readable(weight) and not weight.requires_grad
+        running.head = (hidden, weight) if is_head else None
         running.linear, running.products = mode.table is None, mode.products
-
-
-def _is_constant(weight: Tensor) -> bool:
-    return not (weight.requires_grad or is_functorch_wrapped_tensor(weight))
 
 
 def head_input() -> tuple[Tensor, ...]:
@@ -196,11 +193,11 @@ def _rows(weight: Tensor, cotangents: Tensor) -> Tensor | None:
 
     They are rows of its weight. None where the cotangents are not one-hot.
     """
-    if cotangents.ndim != 3 or not readable(cotangents) or not readable(weight):
+    if cotangents.ndim != 3 or not readable(cotangents):
         return None
     chosen = cotangents.argmax(2)
     hot = torch.zeros_like(cotangents).scatter_(2, chosen.unsqueeze(2), 1)
-    return weight[chosen] if torch.equal(hot, cotangents) else None
+    return weight[chosen].to(cotangents.dtype) if torch.equal(hot, cotangents) else None
 
 
 def shared_pull(back: Back, outputs: Tensors, primals: Sequence[Tensor] = ()) -> Pull:
