@@ -82,3 +82,14 @@ def test_the_derivative_of_many_explanations():
     weight = params["head.weight"]
     ours = torch.func.grad(total)(weight, lambda p: over_targets(gradient)(p, model, X, targets))
     torch.testing.assert_close(ours, torch.func.grad(total)(weight, loop))
+
+
+@pytest.mark.parametrize("count", [5, CLASSES])
+def test_autocast_leaves_the_precision_of_a_loop(count):
+    model, x, targets = Headed(), X.float(), torch.arange(count)
+    params = params_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loop = torch.stack([gradient(params, model, x, target) for target in targets])
+        many = over_targets(gradient)(params, model, x, targets)
+    assert many.dtype == loop.dtype == torch.float32
+    torch.testing.assert_close(many, loop, rtol=0, atol=0.02 * float(loop.abs().max()))

@@ -256,8 +256,11 @@ def _combined(
     basis = _in_chunks(_vectorised(lambda unit: back((None, unit))), units, size)
 
     def combine(chunk: Tensor) -> Tensors:
-        shares = chunk @ weight.to(chunk.dtype)
-        gradients = [torch.einsum("kbj,jbx->kbx", shares, g.flatten(2)).unflatten(2, g.shape[2:]) for g in basis]
+        with torch.autocast(weight.device.type, enabled=False):  # in the precision of the pulls
+            shares = chunk @ weight.to(chunk.dtype)
+            gradients = [
+                torch.einsum("kbj,jbx->kbx", shares.to(g.dtype), g.flatten(2)).unflatten(2, g.shape[2:]) for g in basis
+            ]
         return _vectorised(lambda cotangent, *g: _finished(g, cotangent, reduce))(chunk, *gradients)
 
     return _in_chunks(combine, cotangents, size)
