@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -14,22 +14,12 @@ from pullback import maps
 from pullback import masks as drawn
 from pullback._batch import unfolded
 from pullback._call import Inputs, Model, Params, Select, Target, cotangent, public, score
-from pullback._cover import (
-    Progress,
-    Scene,
-    Squash,
-    Together,
-    axis_sizes,
-    canvas_of,
-    picked,
-    picked_inputs,
-    report,
-    wide,
-)
+from pullback._cover import Canvas, Progress, Scene, Squash, Together, axis_sizes, canvas_of, report, wide
 from pullback._random import Seed, uniform
 from pullback._targets import readable
 
 Reward = Callable[[Tensor, int], Tensor]
+Judge = Callable[[Tensor, Any], Tensor]
 PATIENCE = 20  # iterations over which a mask must rest to be done
 
 
@@ -142,7 +132,7 @@ def extremal_perturbation(
     *,
     areas: float | Sequence[float] = 0.1,
     variant: Literal["preserve", "delete", "dual"] = "preserve",
-    reward: str | Callable[[Tensor, Any], Tensor] = "simple",
+    reward: str | Judge = "simple",
     perturbation: Literal["blur", "fade"] = "blur",
     levels: int = 8,
     max_blur: float = 20.0,
@@ -213,60 +203,26 @@ def extremal_perturbation(
         Fong, Patrick & Vedaldi, Understanding Deep Networks via Extremal Perturbations and Smooth Masks, 2019, sec. 3.
         The authors' TorchRay fixes what the paper leaves open: the schedule, the kernel, the mirrored iterations.
     """
-    if variant not in ("preserve", "delete", "dual"):
+    if variant not in VARIANTS:
         raise ValueError(f"`variant` must be 'preserve', 'delete' or 'dual', got {variant!r}.")
     if not callable(reward) and reward not in ("simple", "contrastive"):
         raise ValueError(f"`reward` must be 'simple', 'contrastive' or a function, got {reward!r}.")
-    if iterations < 1:
-        raise ValueError(f"`iterations` must be at least 1, got {iterations}.")
     fractions = [float(areas)] if isinstance(areas, int | float) else [float(area) for area in areas]
     if not fractions or not all(0 <= area <= 1 for area in fractions):
         raise ValueError(f"`areas` must be fractions between 0 and 1, got {areas}.")
     judge = reward if callable(reward) else {"simple": score, "contrastive": _contrast}[reward]
     scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
-    batch, total = scene.batch, len(fractions) * scene.batch
-    shows = 2 if variant == "dual" else 1
-    parts = scene.parts(total, chunk_size, rows=shows, times=2 * iterations)
+    canvas = canvas_of(scene, tokens)
+    total = len(fractions) * scene.batch
 
-    def run_rows(rows: range) -> tuple[Tensor, Tensor]:
-        index = torch.tensor([row % batch for row in rows], device=scene.device)
-        whole = len(rows) == batch
-        part = Scene(
-            scene.params,
-            model,
-            x if whole and rows.start % batch == 0 else picked_inputs(x, index, batch),
-            target if whole and rows.start % batch == 0 else picked(target, index, batch),
-            layer=layer,
-            at=at,
-            output=output,
-            strict=strict,
-        )
-        canvas = canvas_of(part, tokens)
-        at_input = not part.site.name
+    def levels_of(values: Tensor) -> Tensor:
+        return drawn.pyramid(canvas.lay(values), perturbation, levels=levels, max_blur=max_blur)
 
-        def levels_of(values: Tensor) -> Tensor:
-            return drawn.pyramid(canvas.lay(values), perturbation, levels=levels, max_blur=max_blur)
-
-        shown = levels_of(part.covered) if at_input else None
-        targets = part.targets(shows)
-
-        def rewards(masks: Tensor, iteration: int) -> Tensor:
-            covers = {"preserve": [masks], "delete": [1 - masks], "dual": [masks, 1 - masks]}[variant]
-
-            def cover(_: int, values: Tensor) -> Tensor:
-                steps = levels_of(values[0]) if shown is None else shown
-                covered = torch.stack([drawn.blended(steps, mask) for mask in covers])
-                mirrored = jitter and at_input and iteration % 2 == 0
-                return canvas.restore(covered.flip(-1) if mirrored else covered)
-
-            outputs = part.outputs(len(covers), cover)
-            values = unfolded(judge(outputs, targets), len(covers))
-            return {"preserve": values[0], "delete": -values[0], "dual": values[0] - values[-1]}[variant]
-
+    def optimise(rows: range) -> tuple[Tensor, Tensor]:
         return optimised_masks(
-            rewards,
+            _shown_through(scene.of_rows(rows), canvas, levels_of, judge, variant, jitter),
             canvas.sizes,
-            torch.tensor([fractions[row // batch] for row in rows], dtype=wide(scene.dtype), device=scene.device),
+            torch.tensor([fractions[row // scene.batch] for row in rows], dtype=wide(scene.dtype), device=scene.device),
             step=step,
             sigma=sigma,
             iterations=iterations,
@@ -275,15 +231,60 @@ def extremal_perturbation(
             progress=lambda done: report(progress, rows.start * iterations + done * len(rows), total * iterations),
         )
 
-    found = [run_rows(rows) for rows in parts]
-    masks = torch.cat([masks for masks, _ in found]).to(scene.dtype)
-    masks = masks if isinstance(areas, int | float) else masks.unflatten(0, (len(fractions), batch))
-    if not return_info:
-        return masks
-    longest = max(history.shape[2] for _, history in found)
-    histories = torch.cat([_held(history, longest) for _, history in found])
-    histories = histories if isinstance(areas, int | float) else histories.unflatten(0, (len(fractions), batch))
-    return masks, {"history": histories}
+    found = _in_parts(scene, optimise, total, 2 if variant == "dual" else 1, iterations, chunk_size)
+    if not isinstance(areas, int | float):
+        found = [rows.unflatten(0, (len(fractions), scene.batch)) for rows in found]
+    masks, history = found
+    return (masks, {"history": history}) if return_info else masks
+
+
+# What the model is shown of the image, by the mask, and what of its scores is raised.
+VARIANTS: Mapping[str, tuple[Callable[[Tensor], list[Tensor]], Callable[[Tensor], Tensor]]] = {
+    "preserve": (lambda mask: [mask], lambda scores: scores[0]),
+    "delete": (lambda mask: [1 - mask], lambda scores: -scores[0]),
+    "dual": (lambda mask: [mask, 1 - mask], lambda scores: scores[0] - scores[1]),
+}
+
+
+def _shown_through(
+    scene: Scene, canvas: Canvas, levels_of: Callable[[Tensor], Tensor], judge: Judge, variant: str, jitter: bool
+) -> Reward:
+    """Give the reward of masks: how the model's output is judged where it sees the image through them."""
+    covers_of, raised = VARIANTS[variant]
+    copies = len(covers_of(torch.ones(())))
+    at_input = not scene.site.name
+    steady = levels_of(scene.covered) if at_input else None
+    targets = scene.targets(copies)  # before the derivative is taken: what is repeated can be checked
+
+    def reward(masks: Tensor, iteration: int) -> Tensor:
+        covers = covers_of(masks)
+
+        def cover(_: int, values: Tensor) -> Tensor:
+            steps = levels_of(values[0]) if steady is None else steady
+            covered = torch.stack([drawn.blended(steps, mask) for mask in covers])
+            mirrored = jitter and at_input and iteration % 2 == 0
+            return canvas.restore(covered.flip(-1) if mirrored else covered)
+
+        return raised(unfolded(judge(scene.outputs(copies, cover), targets), copies))
+
+    return reward
+
+
+def _in_parts(
+    scene: Scene,
+    optimise: Callable[[range], tuple[Tensor, Tensor]],
+    count: int,
+    shown: int,
+    iterations: int,
+    chunk_size: Together,
+) -> list[Tensor]:
+    """Optimise `count` rows, of which the model sees each in so many copies: masks, and the history of them all."""
+    if iterations < 1:
+        raise ValueError(f"`iterations` must be at least 1, got {iterations}.")
+    parts = scene.parts(count, chunk_size, rows=shown, times=2 * iterations)
+    masks, histories = zip(*[optimise(rows) for rows in parts], strict=True)
+    longest = max(history.shape[2] for history in histories)
+    return [torch.cat(masks).to(scene.dtype), torch.cat([_held(history, longest) for history in histories])]
 
 
 def _held(history: Tensor, length: int) -> Tensor:
@@ -357,26 +358,19 @@ def meaningful_perturbation(
     Reference:
         Fong & Vedaldi, Interpretable Explanations of Black Boxes by Meaningful Perturbation, 2017, sec. 4.
     """
-    if iterations < 1:
-        raise ValueError(f"`iterations` must be at least 1, got {iterations}.")
-    where: dict[str, Any] = {"layer": layer, "at": at, "output": output, "strict": strict, "squash": squash}
-    scene = Scene(params, model, x, target, **where)
-    parts = scene.parts(scene.batch, chunk_size, rows=1, times=2 * iterations)
+    scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict, squash=squash)
+    canvas = canvas_of(scene, tokens)
+    grid = [min(c, n) for c, n in zip(axis_sizes("cells", cells, canvas.sizes, int), canvas.sizes, strict=True)]
+    dtype = wide(scene.dtype)
 
-    def run_rows(rows: range) -> tuple[Tensor, Tensor]:
-        index = torch.arange(rows.start, rows.stop, device=scene.device)
-        part = scene
-        if len(rows) < scene.batch:
-            examples = picked_inputs(x, index, scene.batch)
-            part = Scene(scene.params, model, examples, picked(target, index, scene.batch), **where)
-        canvas = canvas_of(part, tokens)
-        counts = axis_sizes("cells", cells, canvas.sizes, lambda n: n)
-        grid = [min(count, n) for count, n in zip(counts, canvas.sizes, strict=True)]
-        dtype = wide(scene.dtype)
-        part.targets(1)
+    def optimise(rows: range) -> tuple[Tensor, Tensor]:
+        part = scene.of_rows(rows)
+        part.targets(1)  # before the derivative is taken: what is repeated can be checked
 
-        def terms(mask: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        def terms(mask: Tensor, iteration: int) -> Tensor:
             large = maps.resize(mask, canvas.sizes)
+            at_t = torch.full((1,), iteration, device=scene.device)
+            shift = (uniform(seed, at_t, (len(grid),), torch.float32)[0] * max(1, jitter)).long()
 
             def cover(_: int, values: Tensor) -> Tensor:
                 shown = canvas.lay(values[0])
@@ -384,28 +378,45 @@ def meaningful_perturbation(
                 blend = under + large.to(shown.dtype) * (shown - under)
                 return canvas.restore(_rolled(blend, shift) if jitter and not layer else blend).unsqueeze(0)
 
-            scores = part.scores(1, cover)[0].to(dtype)
             steps = [mask.diff(dim=axis).abs().pow(beta).flatten(1).sum(1) for axis in range(2, mask.ndim)]
-            penalties = area * (1 - mask).abs().flatten(1).sum(1), variation * sum(steps[1:], steps[0])
-            parts = torch.stack([scores, *penalties], 1)
-            return parts.sum(), parts
+            small, even = area * (1 - mask).abs().flatten(1).sum(1), variation * sum(steps[1:], steps[0])
+            return torch.stack([part.scores(1, cover)[0].to(dtype), small, even], 1)
 
-        mask = torch.full((len(rows), 1, *grid), start, dtype=dtype, device=scene.device)
-        mean, square, history = torch.zeros_like(mask), torch.zeros_like(mask), []
-        for t in range(iterations):
-            at_t = torch.full((1,), t, device=scene.device)
-            shift = (uniform(seed, at_t, (len(grid),), torch.float32)[0] * max(1, jitter)).long()
-            slope, parts = torch.func.grad(terms, has_aux=True)(mask, shift)
-            mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
-            move = mean / (1 - 0.9 ** (t + 1)) / (square / (1 - 0.999 ** (t + 1)) + 1e-16).sqrt()
-            mask = (mask - learning_rate * move).clamp(0, 1)
-            history.append(parts)
-            report(progress, rows.start * iterations + (t + 1) * len(rows), scene.batch * iterations)
-        return 1 - maps.resize(mask, canvas.sizes), torch.stack(history, 2)
+        mask, history = _descended(
+            terms,
+            torch.full((len(rows), 1, *grid), start, dtype=dtype, device=scene.device),
+            iterations,
+            learning_rate,
+            lambda done: report(progress, rows.start * iterations + done * len(rows), scene.batch * iterations),
+        )
+        return 1 - maps.resize(mask, canvas.sizes), history
 
-    found = [run_rows(rows) for rows in parts]
-    map = torch.cat([map for map, _ in found]).to(scene.dtype)
-    return (map, {"history": torch.cat([history for _, history in found])}) if return_info else map
+    map, history = _in_parts(scene, optimise, scene.batch, 1, iterations, chunk_size)
+    return (map, {"history": history}) if return_info else map
+
+
+def _descended(
+    terms: Callable[[Tensor, int], Tensor],
+    mask: Tensor,
+    iterations: int,
+    learning_rate: float,
+    progress: Callable[[int], object],
+) -> tuple[Tensor, Tensor]:
+    """Minimise a sum of terms ``[row term]`` by Adam, the mask held in [0, 1]; the history ``[row term iteration]``."""
+
+    def total(mask: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
+        found = terms(mask, iteration)
+        return found.sum(), found
+
+    mean, square, history = torch.zeros_like(mask), torch.zeros_like(mask), []
+    for t in range(1, iterations + 1):
+        slope, found = torch.func.grad(total, has_aux=True)(mask, t - 1)
+        mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
+        move = mean / (1 - 0.9**t) / (square / (1 - 0.999**t) + 1e-16).sqrt()
+        mask = (mask - learning_rate * move).clamp(0, 1)
+        history.append(found)
+        progress(t)
+    return mask, torch.stack(history, 2)
 
 
 def _rolled(values: Tensor, shift: Tensor) -> Tensor:
