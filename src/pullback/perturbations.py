@@ -87,41 +87,43 @@ def occlusion(
     everywhere = window is not None and not isinstance(window, int) and len(window) == len(example) > len(canvas.sizes)
     sizes = example if everywhere else canvas.sizes
     window = axis_sizes("window", window, sizes, lambda n: math.ceil(n / 8))
-    stride = (
-        axis_sizes("stride", stride, sizes, lambda n: 1) if stride is not None else tuple(-(-w // 2) for w in window)
-    )
+    half = tuple(-(-w // 2) for w in window)
+    stride = half if stride is None else axis_sizes("stride", stride, sizes, int)
     rows = [drawn.windows(n, min(w, n), s, scene.device) for n, w, s in zip(sizes, window, stride, strict=True)]
-    places = [len(row) for row in rows]
+    count = math.prod(map(len, rows))
+    whole = scene.scores(1, lambda _, values: values)
+    found = []
+    for part in scene.parts(count, chunk_size):
+        covered = _windows_at(rows, torch.arange(part.start, part.stop, device=scene.device)).unsqueeze(1)
 
-    def differences() -> Tensor:
-        whole = scene.scores(1, lambda _, values: values)
-        found = []
-        count = math.prod(places)
-        for part in scene.parts(count, chunk_size):
-            index = torch.arange(part.start, part.stop, device=scene.device)
-            covered = torch.ones([len(part), 1, 1], dtype=torch.bool, device=scene.device)
-            covered = covered.reshape(len(part), *[1] * ((0 if everywhere else 1) + 1 + len(sizes)))
-            for axis, row in enumerate(rows):
-                along = row[index // math.prod(places[axis + 1 :]) % places[axis]]
-                shape = [1] * covered.ndim
-                shape[0], shape[covered.ndim - len(sizes) + axis] = along.shape
-                covered = covered & along.reshape(shape)
+        def cover(_: int, values: Tensor) -> Tensor:
+            if everywhere:
+                return torch.where(covered, drawn.covering(values[0], baseline), values)  # noqa: B023
+            shown = canvas.lay(values)
+            return canvas.restore(torch.where(covered.unsqueeze(1), drawn.covering(shown[0], baseline), shown))  # noqa: B023
 
-            def cover(_: int, values: Tensor) -> Tensor:
-                if everywhere:
-                    return torch.where(covered, drawn.covering(values[0], baseline), values)  # noqa: B023
-                under = drawn.covering(canvas.lay(values[0]), baseline)
-                return canvas.restore(torch.where(covered, under, canvas.lay(values)))  # noqa: B023
+        found.append(whole - scene.scores(len(part), cover))
+        report(progress, part.stop, count)
+    map_ = _mean_of_windows(rows, torch.cat(found).to(wide(scene.dtype)).T)
+    return (map_ if everywhere else map_.unsqueeze(1)).to(scene.dtype)
 
-            found.append(whole - scene.scores(len(part), cover))
-            report(progress, part.stop, count)
-        return torch.cat(found).to(wide(scene.dtype))
 
-    map = differences().movedim(0, -1).unflatten(-1, places)  # [batch *place]
+def _windows_at(rows: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Give the windows at some places, ``[index *size]``, from those along each axis; the last axis moves first."""
+    covered = torch.ones(len(index), *[1] * len(rows), dtype=torch.bool, device=index.device)
     for axis, row in enumerate(rows):
-        weight = row.to(map.dtype) / row.sum(0).clamp(min=1).to(map.dtype)
-        map = torch.matmul(map.movedim(1 + axis, -1), weight).movedim(-1, 1 + axis)
-    return (map if everywhere else map.unsqueeze(1)).to(scene.dtype)
+        along = row[index // math.prod(map(len, rows[axis + 1 :])) % len(row)]
+        covered = covered & along.reshape(len(index), *[1] * axis, -1, *[1] * (len(rows) - axis - 1))
+    return covered
+
+
+def _mean_of_windows(rows: Sequence[Tensor], values: Tensor) -> Tensor:
+    """Give each place the mean over the windows that cover it: ``[batch window]`` -> ``[batch *size]``."""
+    values = values.unflatten(1, [len(row) for row in rows])
+    for axis, row in enumerate(rows):
+        weight = row.to(values.dtype) / row.sum(0).clamp(min=1).to(values.dtype)
+        values = torch.matmul(values.movedim(1 + axis, -1), weight).movedim(-1, 1 + axis)
+    return values
 
 
 @public
@@ -648,13 +650,9 @@ def shapley_values(
             f"`shapley_values` runs 2^n coalitions of n features, at most 20, got {n}. Group them by `features`, "
             "or use `shapley_sampling`."
         )
-
-    def coalitions(part: range) -> Tensor:
-        index = torch.arange(part.start, part.stop, device=scene.device)
-        return (index[:, None] >> torch.arange(n, device=scene.device)) & 1 == 1
-
-    values = groups.scores(2**n, lambda part: groups.kept(coalitions(part)), chunk_size, progress)  # [coalition batch]
-    size = coalitions(range(2**n)).sum(1)
+    every = _every_coalition(range(2**n), n, scene.device)
+    values = groups.scores(2**n, lambda part: groups.kept(every[part.start : part.stop]), chunk_size, progress)
+    size = every.sum(1)
     share = torch.tensor([1 / (n * math.comb(n - 1, s)) if s < n else 0.0 for s in range(n + 1)], dtype=torch.float64)
     weight = share.to(values)[size]
     found = []
@@ -662,6 +660,12 @@ def shapley_values(
         without, with_ = (k.flatten() for k in torch.arange(2**n, device=scene.device).reshape(-1, 2, 2**i).unbind(1))
         found.append(((values[with_] - values[without]) * weight[without, None]).sum(0))
     return groups.laid_out(torch.stack(found, 1))
+
+
+def _every_coalition(numbers: range, count: int, device: torch.device) -> Tensor:
+    """Give the coalitions whose features are the bits of numbers, ``[number feature]``."""
+    number = torch.arange(numbers.start, numbers.stop, device=device)
+    return (number[:, None] >> torch.arange(count, device=device)) & 1 == 1
 
 
 @public
@@ -807,36 +811,34 @@ def kernel_shap(
     scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
     groups = _Features(scene, features, baseline)
     n = groups.count
-    weight = None
-    if coalitions is not None:
-        shown = _checked_coalitions(coalitions, n, scene.device)
-    elif n == 1:
-        shown = torch.zeros(0, 1, dtype=torch.bool, device=scene.device)
-    elif n < 30 and 2**n - 2 <= samples:
-        index = torch.arange(1, 2**n - 1, device=scene.device)
-        shown = (index[:, None] >> torch.arange(n, device=scene.device)) & 1 == 1
-        kernel = [0.0, *((n - 1) / (math.comb(n, s) * s * (n - s)) for s in range(1, n))]
-        weight = torch.tensor(kernel, dtype=torch.float64, device=scene.device)[shown.sum(1)]
+    if coalitions is None:
+        shown, weight = _weighted_coalitions(n, samples, seed, scene.device)
     else:
-        sizes = torch.tensor([1 / (s * (n - s)) for s in range(1, n)], dtype=torch.float64, device=scene.device)
-        edges = sizes.cumsum(0) / sizes.sum()
-        sample = torch.arange(samples, device=scene.device)
-        drawn_ = uniform(seed, sample // 2, (1,), torch.float64, stream=1)
-        size = 1 + (drawn_ > edges).sum(1, keepdim=True).clamp(max=n - 2)
-        shown = (_ranks(seed, sample // 2, n) < size) ^ (sample[:, None] % 2 == 1)
-
-    both = torch.tensor([[False], [True]], device=scene.device).expand(2, n)
-    all_ = torch.cat([both, shown])
-    values = groups.scores(len(all_), lambda part: groups.kept(all_[part.start : part.stop]), chunk_size, progress)
-    none, whole = values[0], values[1]
-    z = shown.to(torch.float64)
-    weight = torch.ones_like(z[:, 0]) if weight is None else weight
+        shown = _checked_coalitions(coalitions, n, scene.device)
+        weight = torch.ones(len(shown), dtype=torch.float64, device=scene.device)
+    ends = torch.tensor([[False], [True]], device=scene.device).expand(2, n)
+    run = torch.cat([ends, shown])
+    values = groups.scores(len(run), lambda part: groups.kept(run[part.start : part.stop]), chunk_size, progress)
+    none, whole, v, z = values[0].double(), values[1].double(), values[2:].double(), shown.double()
     # the last feature has what the others leave of the difference
     rows = z[:, :-1] - z[:, -1:]
-    rest = values[2:].double() - none.double() - z[:, -1:] * (whole - none).double()
-    first = _least_squares(rows, rest, weight)  # [feature batch]
-    last = (whole - none).double() - first.sum(0)
+    first = _least_squares(rows, v - none - z[:, -1:] * (whole - none), weight)  # [feature batch]
+    last = whole - none - first.sum(0)
     return groups.laid_out(torch.cat([first, last[None]]).to(values.dtype).T)
+
+
+def _weighted_coalitions(count: int, samples: int, seed: Seed, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Give all coalitions but the first and the last with their weights, where they are few, or draw some by weight."""
+    if count < 30 and 2**count - 2 <= samples:
+        shown = _every_coalition(range(1, 2**count - 1), count, device)
+        kernel = [0.0, *((count - 1) / (math.comb(count, s) * s * (count - s)) for s in range(1, count))]
+        return shown, torch.tensor(kernel, dtype=torch.float64, device=device)[shown.sum(1)]
+    sizes = torch.tensor([1 / (s * (count - s)) for s in range(1, count)], dtype=torch.float64, device=device)
+    sample = torch.arange(samples, device=device)
+    drawn_ = uniform(seed, sample // 2, (1,), torch.float64, stream=1)
+    size = 1 + (drawn_ > sizes.cumsum(0) / sizes.sum()).sum(1, keepdim=True).clamp(max=count - 2)
+    shown = (_ranks(seed, sample // 2, count) < size) ^ (sample[:, None] % 2 == 1)
+    return shown, torch.ones(samples, dtype=torch.float64, device=device)
 
 
 def _least_squares(rows: Tensor, values: Tensor, weight: Tensor, ridge: float = 0.0) -> Tensor:
