@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import pullback
 from pullback import cli, maps
@@ -118,6 +119,36 @@ def test_a_bad_photograph_does_not_stop_the_others(capsys, folder):
     assert run(capsys, "metrics", "s.zarr")[0] == 0
     (folder / "photos/0/b.jpg").write_bytes((folder / "photos/0/a.png").read_bytes())
     assert run(capsys, *explain, "--retry") == (0, ["s.zarr: 5 of 5 explained, 0 failed"], [])
+
+
+def test_stopped_by_ctrl_c(capsys, monkeypatch):
+    explain = ("run", "photos", *TOY, "--method", "gradient", "--out", "s.zarr")
+    photograph = cli._dataset.Photographs.__getitem__
+
+    def pressed(self, position):
+        if position == 3:
+            raise KeyboardInterrupt
+        return photograph(self, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._dataset.Photographs, "__getitem__", pressed)
+        assert run(capsys, *explain) == (130, [], ["pullback: stopped; the same command goes on from here"])
+    assert open_store("s.zarr")["status"][:].tolist() == [1, 1, 0, 0, 0]
+    assert run(capsys, *explain) == (0, ["s.zarr: 5 of 5 explained, 0 failed"], [])
+
+
+def test_metrics_draw_a_bar_on_a_terminal(capsys, store, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options | {"delay": 0})
+            bars.append(self)
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    assert run(capsys, "metrics", "s.zarr")[0] == 0
+    assert [(bar.n, bar.total) for bar in bars] == [(5 * 2 * 2, 5 * 2 * 2)]  # examples, targets, metrics
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import csv
 import inspect
+import itertools
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from pullback._networks import (
 )
 from pullback.cli import _asked
 from pullback.cli._asked import chosen_classes, chosen_methods, public_methods, set_up, settle_layers
-from pullback.cli._explain import PEAK_OVER_CHANNELS, drawn, write_together
+from pullback.cli._explain import PEAK_OVER_CHANNELS, drawn, progress_bar, write_together
 from pullback.metrics import METRICS
 
 SUFFIXES = frozenset(f".{name.lower()}" for name in FORMATS) | {".jpg", ".jpe", ".tif", ".jp2", ".pgm"}
@@ -92,6 +93,17 @@ def as_problem() -> Iterator[None]:
         raise Problem(text.splitlines()[0]) from error
 
 
+@contextmanager
+def that_goes_on(rank: int) -> Iterator[None]:
+    """Say what becomes of a run that is stopped by Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not rank:
+            say("pullback: stopped; the same command goes on from here")
+        raise
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Explain all photographs below a folder, or go on with it; 2 if some of them could not be."""
     needed("scale", "zarr", "tqdm")
@@ -122,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
         "auto": {name: "peak" if name in PEAK_OVER_CHANNELS else "sum" for name in methods},
         "none": None,
     }
-    with as_problem():
+    with as_problem(), that_goes_on(rank):
         store = explain_dataset(
             {name: partial(public_methods()[name], **options) for name, options in methods.items()},
             params,
@@ -261,32 +273,55 @@ def metrics(arguments: argparse.Namespace) -> int:
     device = find_device(arguments.device)
     params, network = made.network(device) if any(METRICS[name].model for name in wanted) else (None, None)
     options = metric_options(wanted, arguments.option, made.store.attrs["batch_size"])
-    found: dict[tuple[str, str], list[float]] = {(method, metric): [] for method in methods for metric in wanted}
-    rows = []
-    for places in _batches(made):
-        x = masks = None
-        ids = [made.ids[place] for place in places]
-        if network is not None:
-            x = torch.cat([prepare(made.pixels(id), made.preprocessing, device) for id in ids])
-        if arguments.masks:
-            masks = torch.stack([mask_of(Path(arguments.masks), id, made.preprocessing) for id in ids]).to(device)
-        targets = torch.from_numpy(made.store["targets"][:][places]).to(device)
-        for method in methods:
-            held = made.values(method, slice(places[0], places[-1] + 1))[[p - places[0] for p in places]].to(device)
-            for metric in wanted:
-                for k in range(targets.shape[1]):
-                    judged = as_judged(method, metric, held[:, k], made.preprocessing)
-                    with told_as(f"{metric} of {method} failed"):
-                        values = judge(metric, judged, params, network, x, targets[:, k], masks, options[metric])
-                    found[method, metric] += values
-                    chosen = targets[:, k].tolist()
-                    rows += [(i, t, method, metric, v) for i, t, v in zip(ids, chosen, values, strict=True)]
+    maps_of_each = made.store["targets"].shape[1] * len(methods) * len(wanted)
+    with progress_bar(int((made.status == 1).sum()) * maps_of_each) as bar:
+        trial = Trial(made, methods, wanted, params, network, arguments.masks, options, device, bar)
+        rows = [row for places in _batches(made) for row in trial.rows(places)]
     if arguments.out:
         out = Path(arguments.out)
         with told_as(f"cannot write to {arguments.out!r}"), out.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("id", "target", "method", "metric", "value"), *rows])
+    found: dict[tuple[str, str], list[float]] = {(method, metric): [] for method in methods for metric in wanted}
+    for _, _, method, metric, value in rows:
+        found[method, metric].append(value)
     print_table(found, methods, wanted)
     return 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is to be judged, and by what."""
+
+    made: Made
+    methods: Sequence[str]
+    metrics: Sequence[str]
+    params: Any
+    network: Network | None
+    masks: str | None
+    options: Mapping[str, Mapping[str, Any]]
+    device: torch.device
+    bar: Any
+
+    def rows(self, places: Sequence[int]) -> Iterator[tuple[str, int, str, str, float]]:
+        """Judge the examples at some places of one chunk: id, target, method, metric, value."""
+        preprocessing, x, masks = self.made.preprocessing, None, None
+        ids = [self.made.ids[place] for place in places]
+        if self.network is not None:
+            x = torch.cat([prepare(self.made.pixels(id), preprocessing, self.device) for id in ids])
+        if self.masks:
+            masks = torch.stack([mask_of(Path(self.masks), id, preprocessing) for id in ids]).to(self.device)
+        targets = torch.from_numpy(self.made.store["targets"][:][places]).to(self.device)
+        for method in self.methods:
+            chunk = self.made.values(method, slice(places[0], places[-1] + 1))
+            held = chunk[[place - places[0] for place in places]].to(self.device)
+            for metric, k in itertools.product(self.metrics, range(targets.shape[1])):
+                self.bar.set_description_str(f"{metric} of {method}", refresh=False)
+                judged, target = as_judged(method, metric, held[:, k], preprocessing), targets[:, k]
+                with told_as(f"{metric} of {method} failed"):
+                    values = judge(metric, judged, self.params, self.network, x, target, masks, self.options[metric])
+                self.bar.update(len(values))
+                for id, of, value in zip(ids, target.tolist(), values, strict=True):
+                    yield id, of, method, metric, value
 
 
 def chosen_metrics(text: str | None, masks: str | None) -> list[str]:
