@@ -10,7 +10,8 @@
 - `weight_norm`: the fused kernel has neither a batching rule nor forward mode; `clamp_` has no batching rule.
 - `embedding` with ``max_norm``: torch rescales the weight in place.
 - `2 / x`, `2**x`, `x **= 2`, `a @ x` by reflection: Python functions that would hide what they are made of.
-- recurrent layers on CUDA: cuDNN refuses a backward in eval mode and has no second derivative.
+- recurrent layers on CUDA: cuDNN refuses a backward in eval mode and has no second derivative. On a CPU, torch 2.0's
+  LSTM has none either, but in float64.
 
 A form is called as ``form(mode, func, *args, **kwargs)``; it runs outside the mode; ``with mode.within():`` goes back.
 """
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pullback._torch import compiling, current_level, is_functorch_wrapped_tensor
+from pullback._torch import LSTM_IS_ONE_PIECE, compiling, current_level, is_functorch_wrapped_tensor
 
 Form = Callable[..., Any]
 DROPOUT = "dropout with training=True"
@@ -340,7 +341,8 @@ def _recurrent(mode: Any, func: Form, data: Tensor, *rest: Any, **kwargs: Any) -
     given = [part for arg in args for part in (arg if isinstance(arg, list | tuple) else [arg])]
     # torch takes it apart for a derivative, but not for `vmap` alone
     mapped = any(torch._C._functorch.is_batchedtensor(t) for t in given if isinstance(t, Tensor))  # pyright: ignore[reportAttributeAccessIssue]
-    if not data.is_cuda and not mapped:
+    whole = LSTM_IS_ONE_PIECE and func is torch.lstm and data.dtype != torch.float64
+    if not data.is_cuda and not mapped and not whole:
         if is_functorch_wrapped_tensor(data):  # the state is written in place: batch it wherever the input is
             zero = torch.zeros_like(data).flatten()[0]
             place = 2 if packed else 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pullback._batch import chunks, each
 from pullback._ops import swapped
-from pullback._torch import compiling, current_level, functorch, is_functorch_wrapped_tensor
+from pullback._torch import compiling, current_level, eye, functorch, is_functorch_wrapped_tensor
 
 Tensors = tuple[Tensor, ...]
 Back = Callable[[Sequence[Tensor | None]], Tensors]
@@ -251,8 +251,7 @@ def _combined(
 ) -> list[Tensor]:
     """Pull each unit of the head's input back once: the pull of a cotangent is a combination of these."""
     hidden = outputs[-1]
-    units = torch.eye(weight.shape[1], dtype=hidden.dtype, device=weight.device)
-    units = units.unsqueeze(1).expand(-1, *hidden.shape)
+    units = eye(weight.shape[1], hidden).unsqueeze(1).expand(-1, *hidden.shape)
     basis = _in_chunks(_vectorised(lambda unit: back((None, unit))), units, size)
 
     def combine(chunk: Tensor) -> Tensors:

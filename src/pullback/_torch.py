@@ -7,11 +7,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._functorch import pyfunctorch
 
 functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 is_functorch_wrapped_tensor: Callable[[Any], bool] = functorch.is_functorch_wrapped_tensor
 compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
+
+# On a CPU, torch 2.0 runs all but float64 by an LSTM of oneDNN's that has no second derivative, no forward mode, and no
+# bfloat16 where the processor has none. Later ones take it apart for a derivative.
+LSTM_IS_ONE_PIECE = torch.__version__.startswith("2.0.")
+
+
+def eye(size: int, like: Tensor) -> Tensor:
+    """Give `torch.eye` in the type and on the device of another tensor: torch 2.0 makes none in bfloat16 on a CPU."""
+    return torch.ones(size, dtype=like.dtype, device=like.device).diag()
 
 
 # torch 2.0 shows the innermost transform alone. The others are reached by taking it off the stack, and put back.

@@ -18,6 +18,7 @@ from torch.func import vjp
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, cotangent, public, run
 from pullback._ops import Operation, Table
 from pullback._targets import shared_pull
+from pullback._torch import eye
 
 
 def _attention_table(weights: list[Tensor], added: Sequence[Tensor] | None) -> Table:
@@ -90,10 +91,9 @@ def attention_rollout(params: Params, model: Model, x: Inputs, *, output: Select
         Abnar & Zuidema, Quantifying Attention Flow in Transformers, 2020, sec. 3.
     """
     weights = attention_weights(params, model, x, output=output)
-    total = torch.eye(weights[0].shape[-1], dtype=weights[0].dtype, device=weights[0].device)
+    total = eye(weights[0].shape[-1], weights[0])
     for w in weights:
-        own = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-        total = (w.mean(1) + own) / 2 @ total
+        total = (w.mean(1) + eye(w.shape[-1], w)) / 2 @ total
     return total
 
 
@@ -144,7 +144,7 @@ def attention_relevance(
     y, pull, weights = vjp(forward, *zeros, has_aux=True)  # pyright: ignore[reportAssignmentType]
     batch = Leaves(x).batch
     gradients = _checked(shared_pull(lambda cotangents: pull(cotangents[0]), (y,))(cotangent(y, target)), batch)
-    total = torch.eye(weights[0].shape[-1], dtype=weights[0].dtype, device=weights[0].device)
+    total = eye(weights[0].shape[-1], weights[0])
     for w, g in zip(_checked(weights, batch), gradients, strict=True):
         total = total + (w * g).clamp(min=0).mean(1) @ total
     return total

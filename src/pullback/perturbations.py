@@ -18,6 +18,7 @@ from pullback import masks as drawn
 from pullback._call import Inputs, Model, Params, Select, Target, public
 from pullback._cover import Progress, Scene, Squash, Together, axis_sizes, canvas_of, report, wide
 from pullback._random import Seed, uniform
+from pullback._torch import eye
 
 Keep = Callable[[range], "list[Tensor]"]
 
@@ -846,7 +847,7 @@ def _least_squares(rows: Tensor, values: Tensor, weight: Tensor, ridge: float = 
     weighted = rows * weight[:, None]
     gram = weighted.T @ rows
     if ridge:
-        gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        gram = gram + ridge * eye(len(gram), gram)
     return torch.linalg.pinv(gram, hermitian=True) @ (weighted.T @ values)
 
 

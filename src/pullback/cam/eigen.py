@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pullback._call import Inputs, Model, Params, Select, Target, public, pullback, score
+from pullback._torch import eye
 from pullback.cam.by_gradient import pulled_map
 from pullback.cam.channels import Tokens, gridded
 from pullback.rules import Rules
@@ -101,10 +102,11 @@ def principal(features: Tensor) -> Tensor:
     centred = features.flatten(2) - features.flatten(2).mean(2, keepdim=True)
     wide = centred.to(torch.promote_types(centred.dtype, torch.float32))
     swapped = wide.shape[1] > wide.shape[2]  # the smaller of the two matrices has the same eigenvalues
-    gram = wide.mT @ wide if swapped else wide @ wide.mT
-    axis = _leading(gram)
-    line = axis.unsqueeze(1)
-    map = line * (wide @ axis.unsqueeze(2)).norm(dim=1, keepdim=True) if swapped else line @ wide
+    with torch.autocast(wide.device.type, enabled=False):  # which multiplies in half the precision
+        gram = wide.mT @ wide if swapped else wide @ wide.mT
+        axis = _leading(gram)
+        line = axis.unsqueeze(1)
+        map = line * (wide @ axis.unsqueeze(2)).norm(dim=1, keepdim=True) if swapped else line @ wide
     peak = map.gather(2, map.abs().argmax(2, keepdim=True))
     return (map * peak.detach().sign()).to(features.dtype).unflatten(2, features.shape[2:])
 
@@ -117,7 +119,7 @@ def _leading(symmetric: Tensor) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(symmetric.detach().nan_to_num())  # NaN comes back in by the products
     value, vector = values[:, -1:], vectors[:, :, -1]
-    size = torch.eye(symmetric.shape[-1], dtype=symmetric.dtype, device=symmetric.device)
+    size = eye(symmetric.shape[-1], symmetric)
     flat = (value <= 0).unsqueeze(2)  # no variance at all
     symmetric = torch.where(flat, size * torch.arange(len(size), device=size.device), symmetric)
     value, vector = torch.where(flat[:, 0], value + len(size) - 1, value), torch.where(flat[:, 0], size[-1], vector)

@@ -16,6 +16,7 @@ from pullback._native import layer_norm
 from pullback._ops import Table
 from pullback._random import Seed, normal, uniform
 from pullback._targets import copies
+from pullback._torch import eye
 from pullback.paths.course import Course, ends_of, gap_of, needs_floating, starts_of
 from pullback.paths.quadrature import (
     Path,
@@ -379,7 +380,7 @@ def integrated_hessians(
     nodes, weights = quadrature_of("gauss_legendre", steps)
     start = starts_of(x, baseline)[0]
     score(run(params, model, x, output=output), target)  # finds an index that is no class: below it cannot be read
-    rows = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).reshape(-1, 1, *x.shape[1:])
+    rows = eye(x[0].numel(), x).reshape(-1, 1, *x.shape[1:])
 
     def row_slopes(place: Tensor) -> Tensor:
         def attribution(place: Tensor) -> Tensor:

@@ -276,11 +276,13 @@ def imsmooth(
     zeros = padding_mode == "constant" and padding_value == 0
     half = 0 if zeros else math.ceil(4 * sigma)
     extra = 2 * padding if zeros else padding + half
+    dtype = tensor.dtype
     if extra:
         if padding_mode == "constant":
             tensor = F.pad(tensor, (extra,) * 4, mode="constant", value=padding_value)
-        else:
-            tensor = F.pad(tensor, (extra,) * 4, mode=padding_mode)
+        else:  # on a CPU, torch 2.0 pads no halves
+            wide = tensor.to(torch.promote_types(dtype, torch.float32))
+            tensor = F.pad(wide, (extra,) * 4, mode=padding_mode)
     smoothed = maps.smooth(tensor, sigma, "zeros")
     height, width = (n - half for n in tensor.shape[2:])
-    return smoothed[:, :, half:height:stride, half:width:stride]
+    return smoothed[:, :, half:height:stride, half:width:stride].to(dtype)
