@@ -1,7 +1,9 @@
 """A run over a dataset gives what the methods give, whatever comes in its way."""
 
+import errno
 import os
 import resource
+import subprocess
 import sys
 from functools import partial
 
@@ -224,6 +226,7 @@ def test_the_caller_keeps_its_random_numbers_and_model(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # where there is one core
 def test_workers_change_nothing(tmp_path, undisturbed):
     assert_same(explain(tmp_path / "s", workers=2), undisturbed)
 
@@ -431,6 +434,14 @@ def test_a_call_that_explains_nothing(tmp_path):
         explain(tmp_path / "s", data=[])
 
 
+def test_a_wrong_call_is_told_before_all_is_read(tmp_path):
+    data = Pictures(1000, broken=range(6))  # which is not what is wrong
+    message = r"None of the first 66 examples could be explained. The first one: ValueError: No layer"
+    with pytest.raises(ValueError, match=message):
+        explain(tmp_path / "s", data=data, methods=partial(grad_cam, layer="nowhere"))
+    assert data.asked == list(range(72))
+
+
 def test_errors_of_the_machine_are_not_those_of_an_example(tmp_path):
     def hungry(params, model, x, target):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: not enough memory")
@@ -599,7 +610,40 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, begun):
     assert data.asked == []  # before anything is explained
 
 
-def test_a_disk_that_is_full(tmp_path, undisturbed):
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of half a megabyte, and a function that enlarges it."""
+
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(tmp_path / "disk")]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    (tmp_path / "disk").mkdir()
+    if not sys.platform.startswith("linux") or os.geteuid() != 0 or not mount("size=512k"):
+        pytest.skip("only root of a Linux machine may mount a disk")
+    try:
+        yield tmp_path / "disk", lambda: mount("remount", "size=8m")
+    finally:
+        subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+
+def test_a_disk_that_is_full(tmp_path, small_disk):
+    disk, enlarge = small_disk
+    whole = explain(tmp_path / "whole", data=Pictures(side=32))
+    for _ in range(2):  # also where it is full from the start
+        with pytest.raises(OSError, match=r"`out` '.*' cannot be written to: No space left on device") as told:
+            explain(disk / "s", data=Pictures(side=32))
+        assert told.value.errno == errno.ENOSPC
+    done = int((open_store(disk / "s")["status"][:] == 1).sum())
+    assert 0 < done < 23
+    assert not list(disk.rglob("*partial*"))
+    assert enlarge()
+    data = Pictures(side=32)
+    assert_same(explain(disk / "s", data=data), whole)
+    assert data.asked == list(range(done, 23))
+
+
+def test_a_file_that_cannot_be_written_whole(tmp_path, undisturbed):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))  # no file may be larger
     try:

@@ -43,6 +43,7 @@ from pullback.dataset._store import (
 )
 
 Progress = Callable[[int, "int | None"], Any]
+HOPELESS = 64  # examples that could be read and not be explained, before any that could: the call is wrong
 
 
 def explain_dataset(
@@ -123,7 +124,8 @@ def explain_dataset(
         the params.
 
     Raises:
-        ValueError: If `out` holds the results of other arguments, which are named; or an argument is not as above.
+        ValueError: If `out` holds the results of other arguments, which are named; or an argument is not as above, so
+            that none of the first examples can be explained.
         OSError: If `out` cannot be written to, or the disk is full. What is marked stays good.
         RuntimeError: If memory or the device fails; with ``on_error="raise"``, if an example does.
 
@@ -185,6 +187,7 @@ def explain_dataset(
     done, mine = _counts(length, batch_size, share)
     report(done, mine)
     held: list[Batch] = []  # all examples broken, before a first result says what a store is made for
+    tried = 0  # of them those that could be read
     try:
         for batch in feed:
             if isinstance(batch, End):
@@ -192,8 +195,11 @@ def explain_dataset(
                     raise RuntimeError(f"`data` broke after {batch.length} examples: {batch.error}")
                 continue
             results, errors = explained(recipe, batch, on_error)
-            held.append(replace(batch, errors=errors))
+            held.append(replace(batch, x=None, errors=errors))
             if store is None and results is None:
+                tried += len(batch.places)
+                if tried >= HOPELESS and not exists(path):
+                    raise ValueError(_nothing_explained(held, f"None of the first {tried} examples"))
                 continue
             if store is None:
                 assert results is not None
@@ -242,7 +248,13 @@ def _store_of_others(path: Path, metadata: Mapping[str, Any], held: Sequence[Bat
         time.sleep(0.2)
     if not held:
         raise ValueError("`data` has no examples.")
-    raise ValueError(f"None of the examples could be explained. The first one: {held[0].errors[min(held[0].errors)]}")
+    raise ValueError(_nothing_explained(held, "None of the examples"))
+
+
+def _nothing_explained(held: Sequence[Batch], which: str) -> str:
+    of_methods = [batch.errors[place] for batch in held for place in batch.places]
+    of_data = [error for batch in held for error in batch.errors.values()]
+    return f"{which} could be explained. The first one: {(of_methods or of_data)[0]}"
 
 
 def _counts(length: int | None, batch_size: int, share: Share) -> tuple[int, int | None]:
