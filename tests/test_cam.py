@@ -370,3 +370,12 @@ def test_ablation_of_tokens_leaves_channels_out():
     grid = activation[:, 1:].reshape(2, 3, 4, 10)
     expected = torch.einsum("cb,bhwc->bhw", torch.stack(weights), grid).clamp(min=0).detach()
     same(ablation_cam({}, model, x, 1, layer="body")[:, 0], expected)
+
+
+def test_autocast_leaves_the_precision_of_components():
+    """The layer is in float32 there too: products of its activation are not rounded to half of that."""
+    model = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(45, 3)).eval()
+    x = torch.randn(2, 5, 3, 3)
+    expected = eigen_cam(params_of(model), model, x, 1, layer="0")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(eigen_cam(params_of(model), model, x, 1, layer="0"), expected)
