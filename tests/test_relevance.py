@@ -142,7 +142,10 @@ def test_conserved_on_vision_models(name, composite):
         torch.testing.assert_close(relevance.flatten(1).sum(1), expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+ASKED = pytest.mark.skipif(torch.__version__.startswith("2.0."), reason="transformers takes this of torch 2.1.1 and on")
+
+
+@pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=ASKED)])
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_conserved_on_language_models(name, attention):
@@ -150,7 +153,8 @@ def test_conserved_on_language_models(name, attention):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     sizes |= {"vocab_size": 30, "attn_implementation": attention}
-    ids: Any = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+    # without a mask, some look for padding in the values
+    ids = {"input_ids": torch.tensor([[1, 2, 3, 4]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     if name == "bert":
         model = transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=3, **sizes))
         names = ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1.attention.output")
@@ -172,6 +176,8 @@ def test_conserved_on_language_models(name, attention):
 def test_positions_relative_to_each_other_are_constants():
     """DeBERTa takes logarithms of integers for them, and T5 like it."""
     transformers = pytest.importorskip("transformers")
+    if hasattr(transformers.models.deberta_v2.modeling_deberta_v2, "XSoftmax"):
+        pytest.skip("this transformers hides the softmax in an autograd.Function of its own: out of the rules' sight")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.DebertaV2Config(

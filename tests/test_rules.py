@@ -9,6 +9,7 @@ import slow_relevance as slow
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from pullback import PullbackWarning, excitation_backprop, gradient, lrp, over_targets, params_of, rules
 
@@ -372,13 +373,33 @@ WHOLE: dict[str, Any] = {  # nothing here takes relevance that is not the input
     "ones": lambda p, x: x * torch.ones_like(x),
     "detached": lambda p, x: x * x.detach(),
     "integers": lambda p, x: x * torch.arange(1, 5).pow(2).log(),
-    "standardised weights": lambda p, x: F.linear(x, F.batch_norm(p["w"][None], None, None, training=True)[0]),
+    "standardised weights": lambda p, x: F.linear(
+        x, F.batch_norm(p["w"].unsqueeze(0), None, None, training=True).squeeze(0)
+    ),
+    "weights cut out": lambda p, x: F.linear(x, p["w"][1:].cos()),
     "normalised weights": lambda p, x: F.linear(x, p["w"] / p["w"].norm(dim=1, keepdim=True)),
     "operands by name": lambda p, x: torch.matmul(input=F.gelu(input=x), other=F.softmax(input=p["w"], dim=1)),
 }
 
 
-@pytest.mark.parametrize("name", list(WHOLE))
+def sees_indexing() -> bool:
+    """Whether `tensor[...]` comes by a function mode; it does not in torch 2.0."""
+    seen = []
+
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Seeing():
+        PARAMETERS["b"][0]
+    return bool(seen)
+
+
+CUT_OUT = pytest.mark.xfail(not sees_indexing(), reason="what is cut out of a weight passes for a result of the input")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=CUT_OUT if "cut out" in name else ()) for name in WHOLE])
 def test_what_depends_on_the_input_takes_all(name):
     """Weights that the network makes are factors; what parameters or integers make is neither shared nor told."""
     x = torch.randn(4, 4, dtype=torch.float64)
