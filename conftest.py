@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items if OLD else ():
-        if "compile" in item.nodeid:
+        if "compile" in item.nodeid and "test_laws" not in item.nodeid:  # which asserts that it raises
             item.add_marker(pytest.mark.skip(reason="torch 2.0 compiles no function mode, so no method as one graph"))
 
 

@@ -383,6 +383,14 @@ EXCEPTIONS: list[Exempt] = [
     ),
     Exempt(
         "compile",
+        "its compiler traces no function mode, by which operations are seen",
+        torch._dynamo.exc.TorchDynamoException,
+        "from user code",
+        on="torch 2.0",
+        since=lambda: torch.__version__.startswith("2.0."),
+    ),
+    Exempt(
+        "compile",
         "how many groups there are is read from `features`; without them it compiles",
         torch._dynamo.exc.TorchDynamoException,
         "data-dependent",
