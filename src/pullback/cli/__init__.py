@@ -10,12 +10,13 @@ the call from being explained.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import inspect
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import pullback
@@ -186,8 +187,24 @@ def one_line_warnings() -> Iterator[None]:
         yield
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def keep_memory() -> None:
+    """Have this process keep the memory that it frees, for the next forward.
+
+    glibc gives large pieces back to the system at once, and fetching them anew can take as long as the forward itself.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
+    if arguments is None:  # this process is the command's
+        keep_memory()
     try:
         parsed = parser().parse_args(arguments)
         with one_line_warnings():

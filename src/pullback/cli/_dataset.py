@@ -45,7 +45,9 @@ from pullback.cli._explain import PEAK_OVER_CHANNELS, drawn, progress_bar, write
 from pullback.metrics import METRICS
 
 SUFFIXES = frozenset(f".{name.lower()}" for name in FORMATS) | {".jpg", ".jpe", ".tif", ".jp2", ".pgm"}
-IMAGES_AT_ONCE = 64  # of methods and metrics that run many inputs for each: points of a path, steps of a curve
+# Of methods and metrics that run many inputs for each: points of a path, steps of a curve. More take more memory (64 of
+# EfficientNet-Lite0 for a gradient 5 GB), not less time.
+IMAGES_AT_ONCE = 16
 
 
 class Photographs(Dataset[Any]):
