@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, vjp
 
 from pullback import _native
+from pullback._direct import run_directly
 from pullback._ops import KEPT, Table, swapped
 from pullback._probe import described, known, probe, remember, shapes
 from pullback._shell import Params, Shell, is_scripted, named_layers
@@ -311,6 +312,8 @@ def _run_module(
         shell = Shell(model)
         shell.install(params)
         _check_scripted(shell, mode.table)
+    plain = mode.table is None and not compiling()
+    end = run_directly(shell.copies(), mode) if plain else None
     tap = None if edit is None else attach(shell, sites, _measured(edit, mode), seen)
     followed = [] if mode.table is None or not mode.table.wants_layers else _follow_layers(shell, mode)
     _note_constants(mode, params if compiling() else shell.root)
@@ -323,6 +326,9 @@ def _run_module(
         undo()
     if tap is not None:
         tap.detach()
+    if end is not None:
+        end()
+    if tap is not None:
         for site, calls in tap.calls.items():
             if calls <= (site.call or 0):
                 raise ValueError(f"`layer` names `{site}`, but this forward calls `{site.name}` {calls} times.")

@@ -238,12 +238,15 @@ class swapped(TorchFunctionMode):
         native = _native.FORMS.get(func)
         result = func(*args, **kwargs) if native is None else native(self, func, *args, **kwargs)
         if self.measures and isinstance(result, Tensor):
-            size = result.numel() * result.element_size()
-            self.largest = max(self.largest, size)
-            if func in _WEIGHTED and len(args) > 1:
-                self.products += result.numel() * (args[1].numel() // args[1].shape[0])
-                self.linear = (args[0], args[1], result) if func is F.linear else self.linear
+            self.measure(func, args, result)
         return result
+
+    def measure(self, func: Operation | None, args: tuple[Any, ...], result: Tensor) -> None:
+        """Keep account of what an operation puts out."""
+        self.largest = max(self.largest, result.numel() * result.element_size())
+        if func in _WEIGHTED and len(args) > 1:
+            self.products += result.numel() * (args[1].numel() // args[1].shape[0])
+            self.linear = (args[0], args[1], result) if func is F.linear else self.linear
 
     def _spelling(self, func: Operation) -> Spelling | None:
         """Give how `func` spells an operation that the table may have a rule for: torch's, or the caller's own one."""

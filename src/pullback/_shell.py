@@ -12,7 +12,7 @@ import difflib
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -130,6 +130,10 @@ class Shell:
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         for name, original in named_layers(self.model):
             yield name, self._copies.get(id(original), original)  # the inside of a scripted module is not copied
+
+    def copies(self) -> Iterable[nn.Module]:
+        """Give every layer that is copied, also those that no name leads to."""
+        return self._copies.values()
 
     # -- copying
 
