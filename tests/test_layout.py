@@ -5,7 +5,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from pullback import _cover, _layout, extremal_perturbation, over_targets, params_of, rise
+from pullback import (
+    _batch,
+    _cover,
+    extremal_perturbation,
+    integrated_gradients,
+    over_targets,
+    params_of,
+    perturbations,
+    rise,
+    smooth_grad,
+)
 
 STRIDES: list[tuple[int, ...]] = []  # of what the convolutions of `Net` gave, forward by forward
 
@@ -109,9 +119,42 @@ def test_targets_and_optimised_masks_on_the_layout(monkeypatch):
 
 def test_as_many_rows_as_the_budget_holds():
     cpu = torch.device("cpu")
-    assert _layout.rows_together(_layout.CPU_BUDGET // 4, cpu) == 4
-    assert _layout.rows_together(10 * _layout.CPU_BUDGET, cpu) == 1
-    assert _layout.rows_together(1, cpu) == _layout.MOST
+    assert _batch.rows_together(_batch.CPU_BUDGET // 4, cpu) == 4
+    assert _batch.rows_together(10 * _batch.CPU_BUDGET, cpu) == 1
+    assert _batch.rows_together(1, cpu) == _batch.MOST
+    gpu = torch.device("cuda")
+    assert _batch.rows_together(2**20, gpu) == 4 * _batch.rows_together(2**20, gpu, kept=True)
+
+
+@pytest.mark.parametrize("method", [integrated_gradients, smooth_grad])
+def test_points_go_together_as_the_budget_holds_unless_asked_otherwise(method, monkeypatch):
+    net, x, rows = Net().eval(), torch.rand(2, 3, 15, 15), []
+    net.register_forward_pre_hook(lambda net, args: rows.append(len(args[0])))
+    count = {"steps" if method is integrated_gradients else "samples": 10}
+
+    def run(**how) -> tuple[Tensor, list[int]]:
+        rows.clear()
+        a = method(params_of(net), net, x, 1, **count, **how)
+        return a, list(rows)
+
+    whole, at_once = run(chunk_size=None)
+    assert at_once == [20]
+    assert run()[1] == [20]  # this small, all of them
+    monkeypatch.setattr(_batch, "CPU_BUDGET", 4 * _batch.ENLARGED * x.numel() * x.element_size())
+    parts, in_parts = run()
+    assert in_parts == [8, 8, 4]
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    assert torch.vmap(lambda t: method(params_of(net), net, x, t, **count))(torch.arange(2)).shape == (2, *x.shape)
+    with pytest.raises(ValueError, match="`chunk_size` must be a number, 'auto' or None, got 'some'"):
+        run(chunk_size="some")
+
+
+def test_masks_are_summed_many_at_once(monkeypatch):
+    net, x = Net().eval(), torch.rand(2, 3, 15, 15)
+    whole = over_targets(rise)(params_of(net), net, x, range(4), samples=20, cells=3, chunk_size=3)
+    monkeypatch.setattr(perturbations, "HELD", 7 * 15 * 15 * 4)  # 7 masks: after chunks of 3, 9 at a time
+    parts = over_targets(rise)(params_of(net), net, x, range(4), samples=20, cells=3, chunk_size=3)
+    torch.testing.assert_close(parts, whole)
 
 
 def test_a_word_that_is_no_chunk_size():

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from pullback._batch import chunks, each, folded, repeated, unfolded
+from pullback._batch import ENLARGED, Together, chunks, each, folded, repeated, rows_together, unfolded
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, activations_at, run, score
-from pullback._layout import ENLARGED, WORTH, constant, rows_together, tried
+from pullback._layout import WORTH, constant, tried
 from pullback._taps import Site
 from pullback._torch import compiling
 
 Cover: TypeAlias = Callable[[int, Tensor], Tensor]
 Squash: TypeAlias = "str | Callable[[Tensor], Tensor] | None"
-Together: TypeAlias = "int | Literal['auto'] | None"
 Progress: TypeAlias = "Callable[[int, int], object] | None"
 
 
@@ -96,8 +95,6 @@ class Scene:
 
         ``"auto"`` takes as many together as run fastest. Before many forwards weights are laid out for them.
         """
-        if isinstance(size, str) and size != "auto":
-            raise ValueError(f"`chunk_size` must be a number, 'auto' or None, got {size!r}.")
         rows = self.batch if rows is None else rows
         size_of_number = torch.empty((), dtype=self.dtype).element_size()
         largest = ENLARGED * size_of_number * sum(math.prod(shape[1:]) for shape in self.shapes)

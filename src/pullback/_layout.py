@@ -4,8 +4,7 @@ oneDNN runs convolutions faster on tensors that are laid out channels last, and 
 convolution with such weights puts out, and all that follows, is laid out so. A model may depend on strides (``view``
 where ``reshape`` would do). So it is tried on two rows, and keeps its own layout unless it gives the same.
 
-The same forward tells the size of the largest activation. Where a batch makes it larger than some tens of megabytes,
-each forward takes its memory from the system anew, which costs more than a larger batch saves.
+The same forward tells the size of the largest activation.
 """
 
 from __future__ import annotations
@@ -22,9 +21,6 @@ from pullback._shell import Params, is_scripted, named_layers
 from pullback._targets import readable
 from pullback._torch import compiling
 
-CPU_BUDGET, DEVICE_BUDGET = 20 * 2**20, 512 * 2**20  # bytes of the largest activation of the rows that go together
-ENLARGED = 8  # the largest activation of a network over its input, where it is not measured
-MOST = 1024  # rows that go together, however small
 WORTH = 48  # forwards that are worth a trial
 
 
@@ -83,8 +79,3 @@ def tried(params: Params, model: nn.Module, forward: Callable[[Params], Tensor])
     close = 1e-4 if own.dtype in (torch.float32, torch.float64) else 3e-2
     alike = own.shape == other.shape and bool((own - other).abs().max() <= close * own.abs().max().clamp(min=1e-6))
     return (laid if alike else params), sizes.largest
-
-
-def rows_together(bytes_per_row: int, device: torch.device) -> int:
-    budget = CPU_BUDGET if device.type == "cpu" else DEVICE_BUDGET
-    return max(1, min(MOST, budget // max(1, bytes_per_row)))

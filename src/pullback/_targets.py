@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pullback._batch import chunks, each
+from pullback._batch import ENLARGED, Together, chunks, each, rows_together
 from pullback._ops import swapped
 from pullback._torch import compiling, current_level, eye, functorch, is_functorch_wrapped_tensor
 
@@ -318,19 +318,24 @@ def _chunk_size(running: _Many, device: torch.device) -> int:
     return min(running.chunk_size, fitting) if on_cpu else running.chunk_size
 
 
-def copies(count: int, size: int | None, like: Sequence[Tensor]) -> Iterator[range]:
+def copies(count: int, size: Together, like: Sequence[Tensor]) -> Iterator[range]:
     """Cut the copies of a batch that a method runs together, `size` at a time, as `chunks` does.
 
-    Where `size` is None these are all of them; while targets are run together, as many as keep to four of their
-    budgets, by the largest activation and by the attributions of all targets, which are shaped `like` these. The first
-    copy then goes alone: its forward tells how large an activation is.
+    ``"auto"`` takes as many as run fast, guessed by what is explained, which is shaped `like` these; all of them where
+    a graph is traced. While targets are run together, it takes as many as keep to four of their budgets, by the
+    largest activation and by the attributions of all targets. The first copy then goes alone: its forward tells how
+    large an activation is.
     """
-    running = _running()
-    if size is not None or running is None or running.chunk_size is None:
+    if size != "auto":
         yield from chunks(count, size)
         return
+    running, bytes_of_copy = _running(), sum(t.numel() * t.element_size() for t in like)
+    if running is None or running.chunk_size is None:
+        whole = compiling() or running is not None
+        yield from chunks(count, None if whole else rows_together(ENLARGED * bytes_of_copy, like[0].device, kept=True))
+        return
     yield range(min(1, count))
-    held = len(running.targets) * sum(t.numel() * t.element_size() for t in like)
+    held = len(running.targets) * bytes_of_copy
     budget = 4 * (CPU_BUDGET if like[0].device.type == "cpu" else DEVICE_BUDGET)
     for part in chunks(count - 1, max(1, budget // max(1, held, 4 * running.largest))):
         yield range(part.start + 1, part.stop + 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from pullback._batch import folded, repeated, unfolded
+from pullback._batch import Together, folded, repeated, unfolded
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, activations, cotangent, public, pullback
 from pullback._levels import jvp
 from pullback.paths import (
@@ -41,7 +41,7 @@ def internal_influence(
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
     path: Path = straight,
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -90,7 +90,7 @@ def conductance(
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
     path: Path = straight,
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -145,7 +145,7 @@ def neuron_conductance(
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
     path: Path = straight,
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback._batch import each, folded, repeated, unfolded
+from pullback._batch import Together, each, folded, repeated, unfolded
 from pullback._call import Inputs, Leaves, Model, Params, Target, public
 from pullback._random import Seed, normal
 from pullback._targets import copies
@@ -30,7 +30,7 @@ def smooth_grad(
     noise: float = 0.15,
     absolute: bool = False,
     seed: Seed = 0,
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     **options: Any,
 ) -> Any:
     r"""Average an attribution over inputs with Gaussian noise.
@@ -49,7 +49,8 @@ def smooth_grad(
         noise: Standard deviation, as a fraction of each example's range (greatest less least value).
         absolute: Take `noise` in the units of `x`.
         seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
-        chunk_size: Samples evaluated together. If omitted all of them, and under `over_targets` what its memory allows.
+        chunk_size: Samples evaluated together: ``"auto"`` for as many as run fast, and under `over_targets` as its
+            memory allows; `None` for all.
         **options: Passed to `method`.
 
     Returns:

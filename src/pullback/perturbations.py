@@ -7,7 +7,7 @@ forward of each perturbed input serves all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -193,20 +193,44 @@ def rise(
     cells = axis_sizes("cells", cells, canvas.sizes, lambda n: n)
     cell = torch.tensor([math.ceil(n / c) for n, c in zip(canvas.sizes, cells, strict=True)], device=scene.device)
     dtype = wide(scene.dtype)
-    total: Any = 0
-    for part in scene.parts(samples, chunk_size):
-        index = torch.arange(part.start, part.stop, device=scene.device)
-        grids = (uniform(seed, index, cells, dtype) < p).to(dtype)
-        shifts = (uniform(seed, index, (len(cells),), torch.float32, stream=1) * cell).long()
-        masks = drawn.grid_masks(grids, shifts, canvas.sizes)  # [mask 1 *size]
 
-        def cover(_: int, values: Tensor) -> Tensor:
-            return canvas.restore(canvas.lay(values) * masks.unsqueeze(1).to(values.dtype))  # noqa: B023
+    def scored() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in scene.parts(samples, chunk_size):
+            index = torch.arange(part.start, part.stop, device=scene.device)
+            grids = (uniform(seed, index, cells, dtype) < p).to(dtype)
+            shifts = (uniform(seed, index, (len(cells),), torch.float32, stream=1) * cell).long()
+            masks = drawn.grid_masks(grids, shifts, canvas.sizes)  # [mask 1 *size]
 
-        scores = scene.scores(len(part), cover).to(dtype)
-        total = total + torch.matmul(scores.T, masks.flatten(1))
-        report(progress, part.stop, samples)
+            def cover(_: int, values: Tensor) -> Tensor:
+                return canvas.restore(canvas.lay(values) * masks.unsqueeze(1).to(values.dtype))  # noqa: B023
+
+            yield scene.scores(len(part), cover).to(dtype), masks.flatten(1)
+            report(progress, part.stop, samples)
+
+    total = _weighted_sum(scored())
     return (total / (samples * (p if normalise else 1))).unflatten(1, (1, *canvas.sizes)).to(scene.dtype)
+
+
+HELD = 32 * 2**20  # bytes of masks that wait to be summed
+
+
+def _weighted_sum(pairs: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum masks ``[mask pixel]`` by scores ``[mask batch]``: ``[batch pixel]``.
+
+    Many at once: for many targets a sum is larger than all that is summed.
+    """
+    total: Any = 0
+    held: list[tuple[Tensor, Tensor]] = []
+    for pair in pairs:
+        held.append(pair)
+        if sum(masks.numel() * masks.element_size() for _, masks in held) >= HELD:
+            total, held = total + _product(held), []
+    return total + _product(held) if held else total
+
+
+def _product(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    scores, masks = (torch.cat(column) for column in zip(*pairs, strict=True))
+    return torch.matmul(scores.T, masks)
 
 
 def _cell_maps(values: Tensor, cells: Sequence[int], sizes: Sequence[int]) -> Tensor:
@@ -580,7 +604,6 @@ def feature_permutation(
     _positive("samples", count)
     index = torch.arange(count, device=scene.device)
     rows = index if samples is None else (uniform(seed, index, (), torch.float32) * available).long()
-    total: Any = 0
     whole = scene.scores(1, lambda _, values: values).to(wide(scene.dtype))
     found = []
     for part in scene.parts(count * groups.count, chunk_size):

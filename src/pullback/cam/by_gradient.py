@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from pullback import maps
+from pullback._batch import Together
 from pullback._call import Inputs, Model, Params, Select, Target, cotangent, public, pullback
 from pullback._random import Seed
 from pullback.cam.channels import Tokens, gridded, over_positions, ratio, read_channels
@@ -378,7 +379,7 @@ def smooth_grad_cam_plus_plus(
     noise: float = 0.15,
     absolute: bool = False,
     seed: Seed = 0,
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pullback._batch import Together
 from pullback._call import Inputs, Model, Params, Select, Target, public
 from pullback.paths.course import Course, ends_of
 from pullback.paths.quadrature import Point, integral
@@ -127,7 +128,7 @@ def discretised_integrated_gradients(
     steps: int = 30,
     neighbours: int = 50,
     strategy: Literal["greedy", "max_count"] = "greedy",
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from pullback import maps
+from pullback._batch import Together
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, public, run, score
 from pullback._native import layer_norm
 from pullback._ops import Table
@@ -45,7 +46,7 @@ def integrated_gradients(
     path: Path = straight,
     layer: str = "",
     at: str = "output",
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -71,7 +72,8 @@ def integrated_gradients(
             ``"trapezoid"``.
         path: From baseline, input (or activations) and `alpha` in [0, 1] to a point, for each tensor; straight if
             omitted. Its velocity is taken by `torch.func.jvp`.
-        chunk_size: Points evaluated together. If omitted all of them, and under `over_targets` what its memory allows.
+        chunk_size: Points evaluated together: ``"auto"`` for as many as run fast, and under `over_targets` as its
+            memory allows; `None` for all.
         return_info: Return ``(attribution, info)``, where ``info["gap"]``, ``[batch]``, is the sum of the attribution
             less the difference in score. Costs a forward for each end.
 
@@ -118,7 +120,7 @@ def expected_gradients(
     seed: Seed = 0,
     layer: str = "",
     at: str = "output",
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -208,7 +210,7 @@ def blur_integrated_gradients(
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
     padding: str = "replicate",
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -269,7 +271,7 @@ def idgi(
     baseline: Any = None,
     steps: int = 50,
     path: Path = straight,
-    chunk_size: int | None = None,
+    chunk_size: Together = "auto",
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pullback._batch import Together
 from pullback._levels import jvp
 from pullback._targets import copies
 
@@ -22,7 +23,7 @@ def integral(
     term: Callable[[Tensors, Tensors], Tensors],
     point: Callable[[int], Point],
     weights: Sequence[float],
-    chunk_size: int | None,
+    chunk_size: Together,
     like: Tensors,
 ) -> list[Tensor]:
     """Sum weight times term over the points of a path.
