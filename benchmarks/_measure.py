@@ -1,9 +1,9 @@
 """What every benchmark shares: interleaved timing, peak memory, the machine, tables and JSON.
 
-Times are medians over rounds in which every case runs once, so that a slow moment of the machine hits all of them. A
-ratio is the median of the rounds' ratios, with its quartiles. On CUDA times are between device events. Peak memory is
-what a fresh process needs above its state after loading model and input: the resident set on a CPU, the allocator's
-peak on CUDA.
+Times are medians over rounds in which every case runs once, in a new order each, so that a slow moment of the machine
+hits all of them. A ratio is the median of the rounds' ratios, with its quartiles. On CUDA times are between device
+events. Peak memory is what a fresh process needs above its state after loading model and input: the resident set on a
+CPU, the allocator's peak on CUDA.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 Run = Callable[[], Any]
+SHORT = 1.0  # seconds
 
 # where Grad-CAM is taken
 LAYERS = {
@@ -111,22 +114,26 @@ def seconds(
     least: float = 0.0,
     warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Time each case once a round, all cases in turn, after one run of each unless they are `warm`.
+    """Time each case once a round, after one run of each unless they are `warm`.
 
-    After `limit` seconds no round begins, but for the first two. A case that takes less than `least` seconds is
-    repeated in its turn, and its mean taken.
+    The order is drawn anew for each round, and a case that takes less than `SHORT` seconds runs once untimed in its
+    turn: one that follows a large one would pay for the memory that it gave back. After `limit` seconds no round
+    begins, but for the first two. A case that takes less than `least` seconds is repeated, and its mean taken.
     """
-    begun = time.perf_counter()
+    begun, order = time.perf_counter(), random.Random(0)
     for run in () if warm else cases.values():
         run()
-    repeats = {name: max(1, round(least / once(run, device))) if least else 1 for name, run in cases.items()}
+    first = {name: once(run, device) if least else math.inf for name, run in cases.items()}
+    repeats = {name: max(1, round(least / took)) for name, took in first.items()}
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for done in range(rounds):
         if done >= 2 and time.perf_counter() - begun > limit:
             break
-        for name, run in cases.items():
+        for name in order.sample(list(cases), len(cases)):
             gc.collect()
-            taken[name].append(once(_repeated(run, repeats[name]), device) / repeats[name])
+            if first[name] < SHORT:
+                cases[name]()
+            taken[name].append(once(_repeated(cases[name], repeats[name]), device) / repeats[name])
     return taken
 
 

@@ -83,7 +83,7 @@ def measure(name: str, options: Any) -> tuple[list[list[str]], dict[str, Any], l
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", networks="resnet50,vgg16,vit_b_16,lite0,mlp", limit=25.0)
+    options = arguments(__doc__ or "", networks="resnet50,vgg16,vit_b_16,lite0,mlp", limit=45.0)
     names = ["tiny", "mlp"] if options.smoke else options.networks.split(",")
     rows, results, headlines = [], {}, []
     for name in names:

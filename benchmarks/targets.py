@@ -173,7 +173,7 @@ def main() -> None:
         targets="1,8,64,all",
         batch=8,
         longest=15.0,
-        limit=12.0,
+        limit=20.0,
     )
     if options.smoke:
         options.networks, options.targets, options.batch = "tiny,mlp", "1,4,all", 2
