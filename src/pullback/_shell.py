@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 Params = Mapping[str, Tensor] | tuple[Mapping[str, Tensor], ...]
 
@@ -29,6 +30,9 @@ _HOOKS = (
     "_forward_hooks_always_called",
 )
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_HOOKS, _BACKWARD_HOOKS = (  # some are newer than the oldest torch
+    tuple(name for name in names if name in nn.Identity().__dict__) for names in (_HOOKS, _BACKWARD_HOOKS)
+)
 _SKIPPED = frozenset(
     (
         *(*_HOOKS, *_BACKWARD_HOOKS, "_parameters", "_buffers", "_modules"),
@@ -153,17 +157,15 @@ class Shell:
             self.has_scripted = True
             return module
         copy = object.__new__(type(module))
-        attributes = copy.__dict__
-        attributes.update(module.__dict__)
+        attributes = module.__dict__.copy()
+        object.__setattr__(copy, "__dict__", attributes)
         attributes["training"] = False
         self._copies[id(module)] = copy
         self._originals.append(module)
         if path is not None:
             self._paths[path] = copy
         for name in _HOOKS:
-            hooks = attributes.get(name)
-            if hooks is not None:  # some are newer than the oldest torch
-                attributes[name] = hooks.copy() if hooks else OrderedDict()
+            attributes[name] = hooks.copy() if (hooks := attributes.get(name)) else OrderedDict()
         for name in _BACKWARD_HOOKS:
             if attributes.get(name) and not self._keeps_backward_hooks:
                 self.unheard.append(path or type(module).__name__)
@@ -179,7 +181,7 @@ class Shell:
                         self._slots.setdefault(id(tensor), []).append((owned, name))
             else:
                 attributes[kind] = {}
-        if attributes["_buffers"] and not isinstance(module, nn.modules.batchnorm._NormBase):
+        if attributes["_buffers"] and not isinstance(module, _NormBase):
             for name, buffer in attributes["_buffers"].items():
                 if buffer is not None and buffer.numel() <= 1:  # a counter that `forward` moves in place
                     attributes["_buffers"][name] = buffer.clone()
