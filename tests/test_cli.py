@@ -86,6 +86,15 @@ def written(folder: Path) -> set[str]:
 # -- what it is for ----------------------------------------------------------------------------------------------------
 
 
+def test_the_bar_says_how_far_a_long_method_is(capsys, monkeypatch):
+    told = []
+    tqdm = pytest.importorskip("tqdm")
+    monkeypatch.setattr(tqdm.tqdm, "set_description_str", lambda self, text, refresh: told.append(text))
+    options = ("--option", "samples=5", "--option", "chunk_size=2", "--option", "cells=3")
+    assert run(capsys, "explain", "a.png", *TOY, "--method", "gradient,rise", *options)[0] == 0
+    assert told == ["gradient", "rise", "rise 2 of 5", "rise 4 of 5", "rise 5 of 5"]
+
+
 def test_a_photograph_is_explained(capsys, folder):
     methods = "gradient,guided_backprop,integrated_gradients,grad_cam"
     code, out, err = run(capsys, "explain", CAT, "--method", methods, "--option", "steps=3", "--targets", "top5")

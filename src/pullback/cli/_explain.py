@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import json
 import os
@@ -73,10 +74,13 @@ class Task:
     def attribution(self, name: str, x: Tensor, targets: Sequence[int]) -> Tensor:
         """``[target ...]``, all targets from one forward of the model."""
         self.bar.set_description_str(name, refresh=False)
-        over = pullback.over_targets(public_methods()[name], chunk_size=self.chunk_size)
+        method, options = public_methods()[name], dict(self.methods[name])
+        if "progress" in inspect.signature(method).parameters:
+            options["progress"] = lambda n, all: self.bar.set_description_str(f"{name} {n} of {all}", refresh=False)
+        over = pullback.over_targets(method, chunk_size=self.chunk_size)
         with told_as(f"{name} failed"):
             indices = torch.tensor(targets, device=self.device)
-            result = over(self.params, self.network.model, x, indices, **self.methods[name])
+            result = over(self.params, self.network.model, x, indices, **options)
         self.bar.update()
         return result.detach().float().cpu().squeeze(1)  # the batch of one
 
