@@ -481,6 +481,14 @@ def test_errors():
         lrp({}, nn.Linear(2, 2), torch.ones(1, 2), 0, rules="epsilon_minus")
 
 
+def test_a_rule_of_relevance_alone_is_for_no_operation():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3)
+    with pytest.raises(TypeError, match=r"shares out relevance: say of which operations"):
+        gradient({}, model, x, 0, rules=rules.epsilon(1e-6))
+    with pytest.raises(TypeError, match=r"gave .* where a rule gives a tensor"):
+        gradient({}, model, x, 0, rules=lambda operation, input: rules.epsilon)
+
+
 def test_layer_patterns_and_first():
     """A key with a layer's name wins; `first` needs no name."""
     model, x = network("linear")

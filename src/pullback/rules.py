@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
 from typing import Any, TypeAlias
 
 import torch
@@ -703,6 +704,11 @@ def table_of(rules: Rules) -> Table | None:
         return _table({key: _as_rule(rule) for key, rule in rules.items()}, "The rules")
     if isinstance(rules, type) and issubclass(rules, torch.autograd.Function):
         return rectifier_rules(from_function(rules), f"The rules by {rules.__name__}")
+    if isinstance(rules, LinearRule | Remembering):
+        raise TypeError(
+            "`rules` as one function is a rule for rectifiers, and this one shares out relevance: say of which "
+            "operations, as in {torch.nn.functional.linear: rule}."
+        )
     if callable(rules):
         return rectifier_rules(_for_rectifiers(rules), "The rules")
     raise TypeError(f"`rules` must be a name, a table, an autograd.Function or a function, got {type(rules).__name__}.")
@@ -713,8 +719,16 @@ def _as_rule(rule: Rule | type[torch.autograd.Function]) -> Rule:
 
 
 def _for_rectifiers(rule: Rule) -> Rule:
+    @wraps(rule)
     def only(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        covered = relu.ceiling(operation, input, *args, **kwargs) is not None
-        return rule(operation, input, *args, **kwargs) if covered else NotImplemented
+        if relu.ceiling(operation, input, *args, **kwargs) is None:
+            return NotImplemented
+        result = rule(operation, input, *args, **kwargs)
+        if not isinstance(result, Tensor) and result is not NotImplemented:
+            raise TypeError(
+                f"`rules` gave {type(result).__name__} where a rule gives a tensor. A function that makes rules is "
+                "called first."
+            )
+        return result
 
     return only
