@@ -30,13 +30,13 @@ RESULTS = HERE / "results"
 # job -> script and what it is given; in the order of the tables
 JOBS: dict[str, tuple[str, ...]] = {
     "overhead-mlp": ("overhead", "--networks", "mlp", "--threads", "1"),  # waking a second one takes longer
-    "overhead-resnet50": ("overhead", "--networks", "resnet50", "--limit", "40"),
+    "overhead-resnet50": ("overhead", "--networks", "resnet50"),
     "overhead-vgg16": ("overhead", "--networks", "vgg16"),
     "overhead-vit_b_16": ("overhead", "--networks", "vit_b_16"),
     "overhead-lite0": ("overhead", "--networks", "lite0"),
     "targets-mlp": ("targets", "--networks", "mlp", "--targets", "1,8,10", "--threads", "1"),
     "targets-resnet18": ("targets", "--networks", "resnet18"),
-    "targets-resnet50": ("targets", "--networks", "resnet50", "--limit", "25"),
+    "targets-resnet50": ("targets", "--networks", "resnet50", "--limit", "40"),
     "targets-vgg16": ("targets", "--networks", "vgg16"),
     "targets-vit_b_16": ("targets", "--networks", "vit_b_16"),
     "targets-lite0": ("targets", "--networks", "lite0"),
@@ -117,9 +117,11 @@ def write_tables() -> None:
         on = measured_on(record["machine"])
         rows.setdefault(on, []).extend(record["headlines"])
         head = (folder, record["benchmark"])
-        if head != last:
-            text += ["", f"## {record['benchmark']}, {folder.name}", "", on]
-        last = head
+        if last is None or head != last[0]:
+            text += ["", f"## {record['benchmark']}, {folder.name}"]
+        if (head, on) != last:
+            text += ["", on]
+        last = head, on
         text += ["", record["text"]]
     (HERE / "RESULTS.md").write_text("\n".join(text) + "\n")
     for on, found in rows.items():
