@@ -91,8 +91,10 @@ def test_the_bar_says_how_far_a_long_method_is(capsys, monkeypatch):
     tqdm = pytest.importorskip("tqdm")
     monkeypatch.setattr(tqdm.tqdm, "set_description_str", lambda self, text, refresh: told.append(text))
     options = ("--option", "samples=5", "--option", "chunk_size=2", "--option", "cells=3")
-    assert run(capsys, "explain", "a.png", *TOY, "--method", "gradient,rise", *options)[0] == 0
-    assert told == ["gradient", "rise", "rise 2 of 5", "rise 4 of 5", "rise 5 of 5"]
+    assert run(capsys, "explain", "a.png", *TOY, "--method", "gradient,rise,smooth_grad", *options)[0] == 0
+    far = [f"{name}{far}" for name in ("rise", "smooth_grad") for far in ("", " 2 of 5", " 4 of 5", " 5 of 5")]
+    assert told == ["gradient", *far]
+    assert "progress" not in _asked.method_options(pullback.rise)  # it is no option of the command line
 
 
 def test_a_photograph_is_explained(capsys, folder):

@@ -352,38 +352,6 @@ def test_d_rise_finds_the_object():
 
 # ---- what they share ----------------------------------------------------------------------------------------------
 
-LONG = {
-    occlusion: ({"window": 1}, 9),
-    rise: ({"samples": 5, "cells": 2}, 5),
-    feature_ablation: ({}, 18),
-    shapley_values: ({"features": torch.arange(9).reshape(1, 3, 3) % 3}, 8),
-    shapley_sampling: ({"samples": 2, "features": torch.arange(9).reshape(1, 3, 3) % 3}, 6),
-    kernel_shap: ({"samples": 4, "features": torch.arange(9).reshape(1, 3, 3) % 3}, 6),
-    lime: ({"samples": 7}, 7),
-    sobol_attribution: ({"samples": 2, "cells": 2}, 12),
-    hsic_attribution: ({"samples": 5, "cells": 2}, 5),
-}
-
-
-@pytest.mark.parametrize("method", LONG, ids=lambda method: method.__name__)
-def test_progress_is_told_and_an_interruption_leaves_nothing(method):
-    options, total = LONG[method]
-    model, x = nn.Sequential(nn.Flatten(), nn.Linear(18, 2)), torch.rand(1, 2, 3, 3)
-    model.train()
-    told: list[tuple[int, int]] = []
-    how = {**options, "chunk_size": 2}
-    whole = method(params_of(model), model, x, 0, progress=lambda *now: told.append(now), **how)
-    assert told == [(min(k, total), total) for k in range(2, total + 2, 2)]
-
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        method(params_of(model), model, x, 0, progress=stop, **how)
-    assert model.training
-    assert torch.equal(method(params_of(model), model, x, 0, **how), whole)
-
-
 # ---- captum -------------------------------------------------------------------------------------------------------
 
 

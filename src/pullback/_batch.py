@@ -16,6 +16,7 @@ from torch import Tensor
 from pullback._torch import compiling
 
 Together: TypeAlias = "int | Literal['auto'] | None"  # how much goes together: None for all
+Progress: TypeAlias = "Callable[[int, int], object] | None"
 
 CPU_BUDGET, DEVICE_BUDGET = 20 * 2**20, 512 * 2**20  # bytes of the largest activation of the rows that go together
 ENLARGED = 8  # the largest activation of a network over its input, where it is not measured
@@ -49,6 +50,12 @@ def chunks(count: int, size: Together) -> Iterator[range]:
     size = size or count
     for start in range(0, count, size):
         yield range(start, min(start + size, count))
+
+
+def report(progress: Progress, done: int, total: int) -> None:
+    """Tell the caller's function how far it is, after each chunk or iteration."""
+    if progress is not None and not compiling():
+        progress(done, total)
 
 
 def each(function: Callable[..., Any], *trees: Any) -> Any:

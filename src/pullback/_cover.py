@@ -18,11 +18,9 @@ from pullback._batch import ENLARGED, Together, chunks, each, folded, repeated, 
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, activations_at, run, score
 from pullback._layout import WORTH, constant, tried
 from pullback._taps import Site
-from pullback._torch import compiling
 
 Cover: TypeAlias = Callable[[int, Tensor], Tensor]
 Squash: TypeAlias = "str | Callable[[Tensor], Tensor] | None"
-Progress: TypeAlias = "Callable[[int, int], object] | None"
 
 
 class Scene:
@@ -218,12 +216,6 @@ def axis_sizes(
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Give the type that masks and sums are computed in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def report(progress: Progress, done: int, total: int) -> None:
-    """Tell the caller's function how far it is, after each chunk or iteration."""
-    if progress is not None and not compiling():
-        progress(done, total)
 
 
 def picked(value: Any, indices: Tensor, batch: int) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pullback._batch import ENLARGED, Together, chunks, each, rows_together
+from pullback._batch import ENLARGED, Progress, Together, chunks, each, report, rows_together
 from pullback._ops import swapped
 from pullback._torch import compiling, current_level, eye, functorch, is_functorch_wrapped_tensor
 
@@ -318,14 +318,20 @@ def _chunk_size(running: _Many, device: torch.device) -> int:
     return min(running.chunk_size, fitting) if on_cpu else running.chunk_size
 
 
-def copies(count: int, size: Together, like: Sequence[Tensor]) -> Iterator[range]:
-    """Cut the copies of a batch that a method runs together, `size` at a time, as `chunks` does.
+def copies(count: int, size: Together, like: Sequence[Tensor], progress: Progress = None) -> Iterator[range]:
+    """Cut the copies of a batch that a method runs together, `size` at a time, and tell after each how many are done.
 
     ``"auto"`` takes as many as run fast, guessed by what is explained, which is shaped `like` these; all of them where
     a graph is traced. While targets are run together, it takes as many as keep to four of their budgets, by the
     largest activation and by the attributions of all targets. The first copy then goes alone: its forward tells how
     large an activation is.
     """
+    for part in _cut(count, size, like):
+        yield part
+        report(progress, part.stop, count)
+
+
+def _cut(count: int, size: Together, like: Sequence[Tensor]) -> Iterator[range]:
     if size != "auto":
         yield from chunks(count, size)
         return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from pullback._batch import Together, folded, repeated, unfolded
+from pullback._batch import Progress, Together, folded, repeated, unfolded
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, activations, cotangent, public, pullback
 from pullback._levels import jvp
 from pullback.paths import (
@@ -42,6 +42,7 @@ def internal_influence(
     quadrature: Quadrature = "gauss_legendre",
     path: Path = straight,
     chunk_size: Together = "auto",
+    progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -54,7 +55,8 @@ def internal_influence(
 
     Args:
         params, model, x, target, layer, at, rules, output, strict: See `gradient`.
-        baseline, steps, quadrature, path, chunk_size: See `integrated_gradients`; the mean over several baselines.
+        baseline, steps, quadrature, path, chunk_size, progress: See `integrated_gradients`; the mean over several
+            baselines.
 
     Returns:
         Shaped like the layer's activation, signed, in units of the score per unit of activation.
@@ -74,7 +76,8 @@ def internal_influence(
     def term(points: Tensors, velocities: Tensors) -> Tensors:
         return tour.layer_slopes(points)
 
-    return tour.result(integral(term, *_along(x, baseline, steps, quadrature, path), chunk_size, Leaves(x).tensors))
+    along = _along(x, baseline, steps, quadrature, path)
+    return tour.result(integral(term, *along, chunk_size, Leaves(x).tensors, progress))
 
 
 @public
@@ -91,6 +94,7 @@ def conductance(
     quadrature: Quadrature = "gauss_legendre",
     path: Path = straight,
     chunk_size: Together = "auto",
+    progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -106,7 +110,8 @@ def conductance(
 
     Args:
         params, model, x, target, layer, at, rules, output, strict: See `gradient`.
-        baseline, steps, quadrature, path, chunk_size: See `integrated_gradients`; the mean over several baselines.
+        baseline, steps, quadrature, path, chunk_size, progress: See `integrated_gradients`; the mean over several
+            baselines.
 
     Returns:
         Shaped like the layer's activation, signed, in units of the score.
@@ -128,7 +133,8 @@ def conductance(
         speeds = tour.speeds(points, velocities)
         return [s * g for s, g in zip(speeds, tour.layer_slopes(points), strict=True)]
 
-    return tour.result(integral(term, *_along(x, baseline, steps, quadrature, path), chunk_size, Leaves(x).tensors))
+    along = _along(x, baseline, steps, quadrature, path)
+    return tour.result(integral(term, *along, chunk_size, Leaves(x).tensors, progress))
 
 
 @public
@@ -146,6 +152,7 @@ def neuron_conductance(
     quadrature: Quadrature = "gauss_legendre",
     path: Path = straight,
     chunk_size: Together = "auto",
+    progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -161,7 +168,8 @@ def neuron_conductance(
         params, model, x, target, layer, at, rules, output, strict: See `gradient`.
         neuron: Place in the activation of one example, such as (channel, row, column); or weights that broadcast to the
             activation, for several neurons at once and for `vmap` over neurons.
-        baseline, steps, quadrature, path, chunk_size: See `integrated_gradients`; the mean over several baselines.
+        baseline, steps, quadrature, path, chunk_size, progress: See `integrated_gradients`; the mean over several
+            baselines.
 
     Returns:
         Attribution, shaped like `x`, signed, in units of the score.
@@ -192,7 +200,8 @@ def neuron_conductance(
         down = [unfolded(g, len(points[0])) for g in pull(chosen)]
         return [v * g for v, g in zip(velocities, down, strict=True)]
 
-    attributions = integral(term, *_along(x, baseline, steps, quadrature, path), chunk_size, Leaves(x).tensors)
+    along = _along(x, baseline, steps, quadrature, path)
+    attributions = integral(term, *along, chunk_size, Leaves(x).tensors, progress)
     return Leaves(x).rebuild(attributions, lambda v: None)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pullback import maps
 from pullback import masks as drawn
-from pullback._batch import unfolded
+from pullback._batch import Progress, Together, report, unfolded
 from pullback._call import Inputs, Model, Params, Select, Target, cotangent, public, score
-from pullback._cover import Canvas, Progress, Scene, Squash, Together, axis_sizes, canvas_of, report, wide
+from pullback._cover import Canvas, Scene, Squash, axis_sizes, canvas_of, wide
 from pullback._random import Seed, uniform
 from pullback._targets import readable
 

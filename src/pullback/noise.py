@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback._batch import Together, each, folded, repeated, unfolded
+from pullback._batch import Progress, Together, each, folded, repeated, unfolded
 from pullback._call import Inputs, Leaves, Model, Params, Target, public
 from pullback._random import Seed, normal
 from pullback._targets import copies
@@ -31,6 +31,7 @@ def smooth_grad(
     absolute: bool = False,
     seed: Seed = 0,
     chunk_size: Together = "auto",
+    progress: Progress = None,
     **options: Any,
 ) -> Any:
     r"""Average an attribution over inputs with Gaussian noise.
@@ -51,6 +52,7 @@ def smooth_grad(
         seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
         chunk_size: Samples evaluated together: ``"auto"`` for as many as run fast, and under `over_targets` as its
             memory allows; `None` for all.
+        progress: Called with (samples done, samples in all).
         **options: Passed to `method`.
 
     Returns:
@@ -89,7 +91,7 @@ def smooth_grad(
 
     totals: list[Any] = []
     first: Any = None
-    for part in copies(samples, chunk_size, leaves.tensors):
+    for part in copies(samples, chunk_size, leaves.tensors, progress):
         a = sampled(part)
         first = each(lambda v: v[0], a) if first is None else first
         sums = [each(lambda v: v.sum(0), moment) for moment in _moments(statistic, a, first)]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pullback import maps
 from pullback import masks as drawn
+from pullback._batch import Progress, Together, report
 from pullback._call import Inputs, Model, Params, Select, Target, public
-from pullback._cover import Progress, Scene, Squash, Together, axis_sizes, canvas_of, report, wide
+from pullback._cover import Scene, Squash, axis_sizes, canvas_of, wide
 from pullback._random import Seed, uniform
 from pullback._torch import eye
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import vjp
 
 from pullback import _secant
-from pullback._batch import each
+from pullback._batch import Progress, each, report
 from pullback._call import (
     Inputs,
     Leaves,
@@ -412,6 +412,7 @@ def deep_lift_shap(
     baselines: Any,
     layer: str = "",
     at: str = "output",
+    progress: Progress = None,
     output: Select = None,
     strict: bool = False,
 ) -> Any:
@@ -424,6 +425,7 @@ def deep_lift_shap(
     Args:
         params, model, x, target, layer, at, output, strict: See `deep_lift`.
         baselines: With the structure of `x`: ``[sample ...]``, each of which is compared with every example.
+        progress: Called with (baselines done, baselines in all).
 
     Returns:
         Attribution, signed, shaped like `x` or the activation, in units of the score.
@@ -448,8 +450,9 @@ def deep_lift_shap(
         raise ValueError(f"`baselines` must hold the same number of samples, at least 1, got {sorted(counts)}.")
     options = {"layer": layer, "at": at, "output": output, "strict": strict}
     total: Any = None
-    for k in range(counts.pop()):
+    for k in range(len(members[0])):
         one = each(lambda b: b[k], baselines)  # noqa: B023
         attribution = deep_lift(params, model, x, target, baseline=one, **options)
         total = attribution if total is None else each(torch.add, total, attribution)
+        report(progress, k + 1, len(members[0]))
     return each(lambda a: a / len(members[0]), total)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from pullback import maps
-from pullback._batch import Together
+from pullback._batch import Progress, Together
 from pullback._call import Inputs, Model, Params, Select, Target, cotangent, public, pullback
 from pullback._random import Seed
 from pullback.cam.channels import Tokens, gridded, over_positions, ratio, read_channels
@@ -380,6 +380,7 @@ def smooth_grad_cam_plus_plus(
     absolute: bool = False,
     seed: Seed = 0,
     chunk_size: Together = "auto",
+    progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -394,7 +395,7 @@ def smooth_grad_cam_plus_plus(
 
     Args:
         params, model, x, target, layer, at, tokens, rules, output, strict: See `grad_cam`.
-        samples, noise, absolute, seed, chunk_size: See `smooth_grad`.
+        samples, noise, absolute, seed, chunk_size, progress: See `smooth_grad`.
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, not negative.
@@ -417,6 +418,8 @@ def smooth_grad_cam_plus_plus(
         return g, g**2, g**3
 
     sampling: dict[str, Any] = {"samples": samples, "noise": noise, "absolute": absolute, "seed": seed}
-    derivatives = smooth_grad(params, model, x, target, method=powers, **sampling, chunk_size=chunk_size)
+    derivatives = smooth_grad(
+        params, model, x, target, method=powers, **sampling, chunk_size=chunk_size, progress=progress
+    )
     activation = read_channels(params, model, x, layer, at, tokens)
     return maps.weighted_sum(activation, _plus_plus(activation, *derivatives)).clamp(min=0)

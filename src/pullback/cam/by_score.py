@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback._batch import chunks, each, folded, repeated, unfolded
+from pullback._batch import Progress, chunks, each, folded, repeated, report, unfolded
 from pullback._call import Inputs, Model, Params, Select, Target, public, pullback, run, score
 from pullback._random import Seed, normal
 from pullback.cam.channels import Tokens, gridded, ratio, read_channels
@@ -21,6 +21,7 @@ def _scores_of(
     target: Target,
     count: int,
     chunk_size: int | None,
+    progress: Progress,
     scored: Callable[[Sequence[int], Target], Tensor],
 ) -> Tensor:
     """Score variations of the model or its input, `chunk_size` at a time, ``[variation batch]``.
@@ -30,6 +31,7 @@ def _scores_of(
     parts = []
     for part in chunks(count, chunk_size):
         parts.append(unfolded(scored(part, repeated(target, len(part), batch)), len(part)))
+        report(progress, part.stop, count)
     return torch.cat(parts)
 
 
@@ -51,6 +53,7 @@ def _scored_masks(
     output: Select,
     samples: int,
     chunk_size: int | None,
+    progress: Progress,
     vary: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Weight channels by the softmax of the mean score of the input behind variations of their masks.
@@ -74,7 +77,7 @@ def _scored_masks(
         masks = _channel_masks(activation[:, index // samples], x).movedim(1, 0).unsqueeze(2)
         return score(run(params, model, folded(vary(x, masks, index % samples)), output=output), targets)
 
-    scores = _scores_of(x.shape[0], target, activation.shape[1] * samples, chunk_size, scored)
+    scores = _scores_of(x.shape[0], target, activation.shape[1] * samples, chunk_size, progress, scored)
     weights = scores.unflatten(0, (-1, samples)).mean(1).softmax(0)
     return maps.weighted_sum(activation, weights.mT).clamp(min=0)
 
@@ -90,6 +93,7 @@ def score_cam(
     at: str = "output",
     tokens: Tokens = None,
     chunk_size: int | None = 32,
+    progress: Progress = None,
     output: Select = None,
     strict: bool = False,
 ) -> Tensor:
@@ -105,6 +109,7 @@ def score_cam(
     Args:
         params, model, x, target, layer, at, tokens, output, strict: See `grad_cam`; `x` is one tensor.
         chunk_size: Masks scored together; `None` means all.
+        progress: Called with (masks done, masks in all).
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, not negative.
@@ -124,7 +129,7 @@ def score_cam(
     def vary(x: Tensor, masks: Tensor, sample: Tensor) -> Tensor:
         return masks * x
 
-    return _scored_masks(params, model, x, target, layer, at, tokens, output, 1, chunk_size, vary)
+    return _scored_masks(params, model, x, target, layer, at, tokens, output, 1, chunk_size, progress, vary)
 
 
 @public
@@ -142,6 +147,7 @@ def ss_cam(
     place: Literal["mask", "input"] = "mask",
     seed: Seed = 0,
     chunk_size: int | None = 32,
+    progress: Progress = None,
     output: Select = None,
     strict: bool = False,
 ) -> Tensor:
@@ -154,7 +160,7 @@ def ss_cam(
     as many forwards as the layer has channels, times `samples`.
 
     Args:
-        params, model, x, target, layer, at, tokens, chunk_size, output, strict: See `score_cam`.
+        params, model, x, target, layer, at, tokens, chunk_size, progress, output, strict: See `score_cam`.
         samples: Noisy masks a channel.
         noise: Standard deviation, in units of the mask, or of the input.
         place: ``"mask"`` or ``"input"``.
@@ -183,7 +189,7 @@ def ss_cam(
         covered = masks * x
         return covered + noise * normal(seed, sample, covered.shape[2:], covered.dtype).unsqueeze(1)
 
-    return _scored_masks(params, model, x, target, layer, at, tokens, output, samples, chunk_size, vary)
+    return _scored_masks(params, model, x, target, layer, at, tokens, output, samples, chunk_size, progress, vary)
 
 
 @public
@@ -198,6 +204,7 @@ def is_cam(
     tokens: Tokens = None,
     samples: int = 10,
     chunk_size: int | None = 32,
+    progress: Progress = None,
     output: Select = None,
     strict: bool = False,
 ) -> Tensor:
@@ -210,7 +217,7 @@ def is_cam(
     times `samples`.
 
     Args:
-        params, model, x, target, layer, at, tokens, chunk_size, output, strict: See `score_cam`.
+        params, model, x, target, layer, at, tokens, chunk_size, progress, output, strict: See `score_cam`.
         samples: Strengths of each mask.
 
     Returns:
@@ -232,7 +239,7 @@ def is_cam(
         strength = ((sample + 1) * (sample + 2) / (2 * samples)).to(masks.dtype)
         return strength.reshape(-1, *[1] * (masks.ndim - 1)) * masks * x
 
-    return _scored_masks(params, model, x, target, layer, at, tokens, output, samples, chunk_size, vary)
+    return _scored_masks(params, model, x, target, layer, at, tokens, output, samples, chunk_size, progress, vary)
 
 
 @public
@@ -246,6 +253,7 @@ def ablation_cam(
     at: str = "output",
     tokens: Tokens = None,
     chunk_size: int | None = 32,
+    progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -260,6 +268,7 @@ def ablation_cam(
     Args:
         params, model, x, target, layer, at, tokens, rules, output, strict: See `grad_cam`.
         chunk_size: Channels left out together; `None` means all.
+        progress: Called with (channels done, channels in all).
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, not negative.
@@ -296,7 +305,7 @@ def ablation_cam(
         pulled = pullback(params, model, copies, layer=layer, at=at, output=output, table=table_of(rules), given=given)
         return score(pulled.output, targets)
 
-    without = _scores_of(batch, target, laid_out.shape[1], chunk_size, scored)
+    without = _scores_of(batch, target, laid_out.shape[1], chunk_size, progress, scored)
     before = score(whole.output, target)
     weights = ratio(before - without, before.expand_as(without))
     return maps.weighted_sum(laid_out, weights.mT).clamp(min=0)

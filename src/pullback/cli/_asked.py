@@ -115,7 +115,7 @@ def method_options(function: Callable[..., Any], inner: Callable[..., Any] | Non
     A method over another one (`inner`, or its own choice) passes the options on that it has not itself.
     """
     parameters = list(inspect.signature(function).parameters.values())[4:]
-    own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "return_info"}
+    own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("return_info", "progress")}
     if "method" in own and any(p.kind is p.VAR_KEYWORD for p in parameters):
         passed = method_options(inner or own["method"].default)
         if "layers" in own:  # each of them is the layer of the inner method once

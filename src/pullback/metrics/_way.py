@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pullback import masks as drawn
-from pullback._batch import chunks
+from pullback._batch import Progress, chunks, report
 from pullback._call import Inputs, Model, Params, Select, Target
-from pullback._cover import Canvas, Progress, Scene, Squash, canvas_of, report, wide
+from pullback._cover import Canvas, Scene, Squash, canvas_of, wide
 from pullback._random import Seed, normal
 from pullback.metrics._order import pixels, ranks
 

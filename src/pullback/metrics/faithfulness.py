@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pullback import maps
 from pullback import masks as drawn
-from pullback._batch import chunks
+from pullback._batch import Progress, chunks, report
 from pullback._call import Inputs, Model, Params, Select, Target, public
-from pullback._cover import Canvas, Progress, Scene, Squash, axis_sizes, canvas_of, report, wide
+from pullback._cover import Canvas, Scene, Squash, axis_sizes, canvas_of, wide
 from pullback._random import Seed, normal, uniform
 from pullback.metrics._filling import filled_in
 from pullback.metrics._order import ranks, voided

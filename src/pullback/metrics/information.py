@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pullback import masks as drawn
+from pullback._batch import Progress
 from pullback._call import Inputs, Model, Params, Select, Target, public
-from pullback._cover import Progress, Squash, wide
+from pullback._cover import Squash, wide
 from pullback._random import Seed
 from pullback.metrics._order import voided
 from pullback.metrics._way import Way, area

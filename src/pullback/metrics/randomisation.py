@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pullback._batch import chunks
+from pullback._batch import Progress, chunks, report
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, params_of, public, run
-from pullback._cover import Progress, report, wide
+from pullback._cover import wide
 from pullback._random import Seed, uniform
 from pullback._shell import named_layers
 from pullback._targets import over_targets

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback._batch import Together
+from pullback._batch import Progress, Together, report
 from pullback._call import Inputs, Model, Params, Select, Target, public
 from pullback.paths.course import Course, ends_of
 from pullback.paths.quadrature import Point, integral
@@ -27,6 +27,7 @@ def guided_integrated_gradients(
     steps: int = 50,
     fraction: float = 0.25,
     max_distance: float = 0.02,
+    progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -45,6 +46,7 @@ def guided_integrated_gradients(
         steps: Steps of the path.
         fraction: Share of the features that moves at once.
         max_distance: How far a feature may leave the straight line, as a fraction of its way.
+        progress: Called with (steps done, steps in all).
 
     Returns:
         Attribution, shaped like `x`, signed, in units of the score.
@@ -78,6 +80,7 @@ def guided_integrated_gradients(
         moved = _moved(point, start, end, slope, k / steps, fraction, max_distance)
         total = total + (moved - point) * slope
         point = moved
+        report(progress, k, steps)
     return course.result(_parts(total, shapes))
 
 
@@ -129,6 +132,7 @@ def discretised_integrated_gradients(
     neighbours: int = 50,
     strategy: Literal["greedy", "max_count"] = "greedy",
     chunk_size: Together = "auto",
+    progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -147,7 +151,7 @@ def discretised_integrated_gradients(
         params, model, x, target, rules, output, strict: See `gradient`.
         words: The embeddings, ``[word channel]``, such as ``params["embed.weight"]``.
         layer, at: Where the embeddings ``[batch token channel]`` are; ``""`` where `x` holds them.
-        baseline, chunk_size: See `integrated_gradients`; one baseline.
+        baseline, chunk_size, progress: See `integrated_gradients`; one baseline.
         steps: Steps of the path.
         neighbours: Words to choose from at each step.
         strategy: ``"greedy"`` chooses the word that its monotonic form is nearest to, ``"max_count"`` the one with most
@@ -189,7 +193,7 @@ def discretised_integrated_gradients(
         before, after = (steps_taken[j] if 0 <= j < steps else none for j in (k - 1, k))
         return [places[k]], [(before + after) / 2]
 
-    return course.result(integral(course.shares, point, (1.0,) * (steps + 1), chunk_size, end))
+    return course.result(integral(course.shares, point, (1.0,) * (steps + 1), chunk_size, end, progress))
 
 
 def _word_path(end: Tensor, start: Tensor, words: Tensor, steps: int, neighbours: int, strategy: str) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from pullback import maps
-from pullback._batch import Together
+from pullback._batch import Progress, Together, report
 from pullback._call import Inputs, Leaves, Model, Params, Select, Target, public, run, score
 from pullback._native import layer_norm
 from pullback._ops import Table
@@ -47,6 +47,7 @@ def integrated_gradients(
     layer: str = "",
     at: str = "output",
     chunk_size: Together = "auto",
+    progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -74,6 +75,7 @@ def integrated_gradients(
             omitted. Its velocity is taken by `torch.func.jvp`.
         chunk_size: Points evaluated together: ``"auto"`` for as many as run fast, and under `over_targets` as its
             memory allows; `None` for all.
+        progress: Called with (points done, points in all).
         return_info: Return ``(attribution, info)``, where ``info["gap"]``, ``[batch]``, is the sum of the attribution
             less the difference in score. Costs a forward for each end.
 
@@ -100,7 +102,7 @@ def integrated_gradients(
     def point(k: int) -> Point:
         return on_path(path, starts[k // steps], end, nodes[k % steps])
 
-    a = integral(course.shares, point, [w / len(starts) for w in weights] * len(starts), chunk_size, end)
+    a = integral(course.shares, point, [w / len(starts) for w in weights] * len(starts), chunk_size, end, progress)
     if not return_info:
         return course.result(a)
     first = [on_path(path, start, end, 0.0)[0] for start in starts]
@@ -121,6 +123,7 @@ def expected_gradients(
     layer: str = "",
     at: str = "output",
     chunk_size: Together = "auto",
+    progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -140,7 +143,7 @@ def expected_gradients(
             ``[baseline ...]``.
         samples: Draws of a baseline and a point.
         noise: Standard deviation added to the input, in its units.
-        seed, chunk_size: See `smooth_grad`.
+        seed, chunk_size, progress: See `smooth_grad`.
 
     Returns:
         Attribution, shaped like `x` or the activation, signed, in units of the score.
@@ -178,7 +181,7 @@ def expected_gradients(
         velocities = [e - start for start, e in zip(starts, ends, strict=True)]
         return [s + alpha.to(v.dtype) * v for s, v in zip(starts, velocities, strict=True)], velocities
 
-    return course.result(integral(course.shares, point, (1 / samples,) * samples, chunk_size, end))
+    return course.result(integral(course.shares, point, (1 / samples,) * samples, chunk_size, end, progress))
 
 
 def _noisy(leaves: Leaves, noise: float, seed: Seed, index: Tensor) -> Any:
@@ -211,6 +214,7 @@ def blur_integrated_gradients(
     quadrature: Quadrature = "gauss_legendre",
     padding: str = "replicate",
     chunk_size: Together = "auto",
+    progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -229,7 +233,7 @@ def blur_integrated_gradients(
         params, model, x, target, rules, output, strict: See `gradient`; `x` is ``[batch channel ...]``.
         sigma: Standard deviation of the Gaussian at the start, as a fraction of the longer side.
         padding: What lies beyond the border: see `pullback.maps.smooth`.
-        steps, quadrature, chunk_size, return_info: See `integrated_gradients`.
+        steps, quadrature, chunk_size, progress, return_info: See `integrated_gradients`.
 
     Returns:
         Attribution, shaped like `x`, signed, in units of the score.
@@ -257,7 +261,7 @@ def blur_integrated_gradients(
         return maps.blurred(end, (1 - alpha) * widest, math.ceil(4 * widest), padding)
 
     sums: dict[str, Any] = {"steps": steps, "quadrature": quadrature, "path": sharpen, "chunk_size": chunk_size}
-    where: dict[str, Any] = {"rules": rules, "output": output, "strict": strict}
+    where: dict[str, Any] = {"rules": rules, "output": output, "strict": strict, "progress": progress}
     return integrated_gradients(params, model, x, target, **sums, **where, return_info=return_info)
 
 
@@ -272,6 +276,7 @@ def idgi(
     steps: int = 50,
     path: Path = straight,
     chunk_size: Together = "auto",
+    progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
     strict: bool = False,
@@ -286,7 +291,7 @@ def idgi(
 
     Args:
         params, model, x, target, rules, output, strict: See `gradient`.
-        baseline, path, chunk_size: See `integrated_gradients`; one baseline.
+        baseline, path, chunk_size, progress: See `integrated_gradients`; one baseline.
         steps: Equal steps of the path.
 
     Returns:
@@ -308,7 +313,7 @@ def idgi(
     (start, *_), end = ends_of(course, baseline)
     total: list[Tensor] = []
     before: tuple[Tensor, list[Tensor]] | None = None  # score and shares of the last point of the chunk before
-    for part in copies(steps + 1, chunk_size, end):
+    for part in copies(steps + 1, chunk_size, end, progress):
         scores, slopes = course.slopes(stacked([on_path(path, start, end, k / steps) for k in part])[0])
         shares = _shares(slopes)
         if before is not None:
@@ -343,6 +348,7 @@ def integrated_hessians(
     baseline: Any = None,
     steps: int = 8,
     chunk_size: int | None = None,
+    progress: Progress = None,
     output: Select = None,
     strict: bool = False,
     method: Callable[..., Any] = integrated_gradients,
@@ -359,6 +365,7 @@ def integrated_hessians(
         params, model, x, target, output, strict: See `gradient`; `x` is one tensor.
         baseline, steps: See `integrated_gradients`; one baseline.
         chunk_size: Features whose row is pulled back together. All of them if omitted.
+        progress: Called with (steps done, steps in all).
         method: What is explained: any attribution with the options `baseline`, `steps`, `rules`, `output` and `strict`.
 
     Returns:
@@ -392,6 +399,9 @@ def integrated_hessians(
         a, pull = vjp(attribution, place)  # pyright: ignore[reportAssignmentType]
         return torch.vmap(lambda row: pull(row.expand_as(a))[0], chunk_size=chunk_size)(rows)
 
-    total = sum(w * row_slopes(start + node * (x - start)) for node, w in zip(nodes, weights, strict=True))
+    total: Any = 0
+    for done, (node, weight) in enumerate(zip(nodes, weights, strict=True), 1):
+        total = total + weight * row_slopes(start + node * (x - start))
+        report(progress, done, steps)
     interactions = ((x - start) * total).movedim(0, 1)
     return interactions.reshape(len(x), *x.shape[1:], *x.shape[1:])

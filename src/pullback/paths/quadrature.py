@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pullback._batch import Together
+from pullback._batch import Progress, Together
 from pullback._levels import jvp
 from pullback._targets import copies
 
@@ -25,6 +25,7 @@ def integral(
     weights: Sequence[float],
     chunk_size: Together,
     like: Tensors,
+    progress: Progress = None,
 ) -> list[Tensor]:
     """Sum weight times term over the points of a path.
 
@@ -32,7 +33,7 @@ def integral(
     velocities ``[point batch ...]`` and gives such tensors; the sum is over their first axis, as large as `like`.
     """
     total: list[Tensor] = []
-    for part in copies(len(weights), chunk_size, like):
+    for part in copies(len(weights), chunk_size, like, progress):
         points, velocities = stacked([point(k) for k in part])
         terms = term(points, velocities)
         summed = [_weighted(t, weights[part.start : part.stop]) for t in terms]
