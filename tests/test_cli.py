@@ -311,11 +311,11 @@ def test_options_go_to_the_methods_that_take_them():
         "integrated-gradients, smooth_grad,gradient", ["steps=7", "smooth_grad.seed=3", "statistic=squared"], "auto"
     )
     assert list(chosen) == ["integrated_gradients", "smooth_grad", "gradient"]
-    assert chosen["integrated_gradients"] == {"steps": 7, "chunk_size": 4}
-    assert chosen["smooth_grad"] == {"seed": 3, "statistic": "squared", "chunk_size": 4}
+    assert chosen["integrated_gradients"] == {"steps": 7}
+    assert chosen["smooth_grad"] == {"seed": 3, "statistic": "squared"}
     assert _asked.chosen_methods("smooth_grad", ["chunk_size=9"], "auto") == {"smooth_grad": {"chunk_size": 9}}
     inner = _asked.chosen_methods("smooth_grad", ["method=integrated_gradients", "steps=3"], "auto")["smooth_grad"]
-    assert inner == {"method": pullback.integrated_gradients, "steps": 3, "chunk_size": 4}
+    assert inner == {"method": pullback.integrated_gradients, "steps": 3}
     assert _asked.chosen_methods("grad_cam,gradient", [], "auto") == {"grad_cam": {"layer": "auto"}, "gradient": {}}
     assert _asked.chosen_methods("grad_cam", ["grad_cam.layer=a.b"], "auto") == {"grad_cam": {"layer": "a.b"}}
 

@@ -19,9 +19,6 @@ from torch import Tensor, nn
 import pullback
 from pullback._networks import Network, Problem, find_device, load, told_as, unknown
 
-POINTS_AT_ONCE = 4  # of methods that average over many inputs: more of them take more memory, not less time
-
-
 # -- network -----------------------------------------------------------------------------------------------------------
 
 
@@ -124,9 +121,7 @@ def method_options(function: Callable[..., Any], inner: Callable[..., Any] | Non
     return own
 
 
-def chosen_methods(
-    text: str, settings: Iterable[str], layer: str, points: int = POINTS_AT_ONCE
-) -> dict[str, dict[str, Any]]:
+def chosen_methods(text: str, settings: Iterable[str], layer: str) -> dict[str, dict[str, Any]]:
     """The options given for each method of a comma-separated list; a layer to be found is ``"auto"``."""
     known = public_methods()
     names = list(dict.fromkeys(name.strip().replace("-", "_") for name in text.split(",") if name.strip()))
@@ -139,9 +134,7 @@ def chosen_methods(
     for owner, _, _ in given:
         if owner and owner not in names:
             raise Problem(unknown("chosen method", owner, names))
-    chosen = {
-        name: _options(name, [(o, v) for owner, o, v in given if owner in ("", name)], layer, points) for name in names
-    }
+    chosen = {name: _options(name, [(o, v) for owner, o, v in given if owner in ("", name)], layer) for name in names}
     for owner, option, _ in given:
         takers = [owner] if owner else names
         if not any(option in chosen[name] for name in takers):
@@ -159,7 +152,7 @@ def setting(text: str) -> tuple[str, str, str]:
     return owner.replace("-", "_"), option, value.strip()
 
 
-def _options(name: str, given: Sequence[tuple[str, str]], layer: str, points: int) -> dict[str, Any]:
+def _options(name: str, given: Sequence[tuple[str, str]], layer: str) -> dict[str, Any]:
     """What a method is called with, of the options that are given for it or for all."""
     known = public_methods()
     own = method_options(known[name])
@@ -168,8 +161,6 @@ def _options(name: str, given: Sequence[tuple[str, str]], layer: str, points: in
     options: dict[str, Any] = {}
     if "layer" in accepted and (layer != "auto" or is_required(accepted["layer"])):
         options["layer"] = layer
-    if "chunk_size" in accepted and accepted["chunk_size"].default is None:
-        options["chunk_size"] = points
     for option, value in given:
         if option in accepted:
             takes_method = callable(accepted[option].default) and value in known

@@ -45,8 +45,8 @@ from pullback.cli._explain import PEAK_OVER_CHANNELS, drawn, progress_bar, write
 from pullback.metrics import METRICS
 
 SUFFIXES = frozenset(f".{name.lower()}" for name in FORMATS) | {".jpg", ".jpe", ".tif", ".jp2", ".pgm"}
-# Of methods and metrics that run many inputs for each: points of a path, steps of a curve. More take more memory (64 of
-# EfficientNet-Lite0 for a gradient 5 GB), not less time.
+# Of metrics that run many inputs for each, as the steps of a curve. More take more memory (64 of EfficientNet-Lite0 for
+# a gradient 5 GB), not less time.
 IMAGES_AT_ONCE = 16
 
 
@@ -112,8 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     needed("cli", "PIL")
     from pullback.dataset import explain_dataset
 
-    points = max(1, IMAGES_AT_ONCE // arguments.batch_size)
-    methods = chosen_methods(arguments.method, arguments.option, arguments.layer, points)
+    methods = chosen_methods(arguments.method, arguments.option, arguments.layer)
     rank = int(os.environ.get("RANK", 0))
     if rank:
         warnings.simplefilter("ignore")  # one process says what there is to warn of
