@@ -8,6 +8,7 @@ from torch.func import vmap
 from pullback import (
     _batch,
     _cover,
+    _targets,
     extremal_perturbation,
     integrated_gradients,
     over_targets,
@@ -119,11 +120,10 @@ def test_targets_and_optimised_masks_on_the_layout(monkeypatch):
 
 def test_as_many_rows_as_the_budget_holds():
     cpu = torch.device("cpu")
-    assert _batch.rows_together(_batch.CPU_BUDGET // 4, cpu) == 4
-    assert _batch.rows_together(10 * _batch.CPU_BUDGET, cpu) == 1
+    assert _batch.rows_together(_batch.FORWARDS[0] // 4, cpu) == 4
+    assert _batch.rows_together(10 * _batch.FORWARDS[0], cpu) == 1
     assert _batch.rows_together(1, cpu) == _batch.MOST
-    gpu = torch.device("cuda")
-    assert _batch.rows_together(2**20, gpu) == 4 * _batch.rows_together(2**20, gpu, kept=True)
+    assert _batch.rows_together(2**20, torch.device("cuda"), (0, 2**23)) == 8
 
 
 @pytest.mark.parametrize("method", [integrated_gradients, smooth_grad])
@@ -140,7 +140,7 @@ def test_points_go_together_as_the_budget_holds_unless_asked_otherwise(method, m
     whole, at_once = run(chunk_size=None)
     assert at_once == [20]
     assert run()[1] == [20]  # this small, all of them
-    monkeypatch.setattr(_batch, "CPU_BUDGET", 4 * _batch.ENLARGED * x.numel() * x.element_size())
+    monkeypatch.setattr(_targets, "GRADIENTS", (4 * _batch.ENLARGED * x.numel() * x.element_size(), 0))
     parts, in_parts = run()
     assert in_parts == [8, 8, 4]
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)

@@ -18,7 +18,9 @@ from pullback._torch import compiling
 Together: TypeAlias = "int | Literal['auto'] | None"  # how much goes together: None for all
 Progress: TypeAlias = "Callable[[int, int], object] | None"
 
-CPU_BUDGET, DEVICE_BUDGET = 20 * 2**20, 512 * 2**20  # bytes of the largest activation of the rows that go together
+# bytes of the largest activation of the rows that go together, on a CPU and elsewhere: in forwards alone, and where a
+# graph keeps all activations
+FORWARDS, GRADIENTS = (20 * 2**20, 512 * 2**20), (40 * 2**20, 128 * 2**20)
 ENLARGED = 8  # the largest activation of a network over its input, where it is not measured
 MOST = 1024  # rows that go together, however small
 
@@ -33,12 +35,12 @@ def _hold_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
-def rows_together(bytes_per_row: int, device: torch.device, kept: bool = False) -> int:
-    """Give how many rows run fastest together, by the largest activation of a row; fewer where a graph keeps all."""
-    if device.type == "cpu" and not compiling():
+def rows_together(bytes_per_row: int, device: torch.device, budgets: tuple[int, int] = FORWARDS) -> int:
+    """Give how many rows run fastest together, by the largest activation of a row."""
+    on_cpu = device.type == "cpu"
+    if on_cpu and not compiling():
         _hold_memory()
-    budget = CPU_BUDGET if device.type == "cpu" else DEVICE_BUDGET // (4 if kept else 1)
-    return max(1, min(MOST, budget // max(1, bytes_per_row)))
+    return max(1, min(MOST, budgets[0 if on_cpu else 1] // max(1, bytes_per_row)))
 
 
 def chunks(count: int, size: Together) -> Iterator[range]:

@@ -228,7 +228,7 @@ class Shell:
         if kind is partial:
             return partial(self._bound(value.func), *map(self._bound, value.args), **self._bound(value.keywords))
         if kind in (list, tuple, set):
-            return kind(map(self._bound, value))
+            return kind(value) if _ATOMS.issuperset(map(type, value)) else kind(map(self._bound, value))
         if kind in (dict, OrderedDict):
             return kind((k, self._bound(v)) for k, v in value.items())
         if kind is types.FunctionType and value.__closure__:

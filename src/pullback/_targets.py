@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pullback._batch import ENLARGED, Progress, Together, chunks, each, report, rows_together
+from pullback._batch import ENLARGED, GRADIENTS, Progress, Together, chunks, each, report, rows_together
 from pullback._ops import swapped
 from pullback._torch import compiling, current_level, eye, functorch, is_functorch_wrapped_tensor
 
@@ -338,7 +338,7 @@ def _cut(count: int, size: Together, like: Sequence[Tensor]) -> Iterator[range]:
     running, bytes_of_copy = _running(), sum(t.numel() * t.element_size() for t in like)
     if running is None or running.chunk_size is None:
         whole = compiling() or running is not None
-        yield from chunks(count, None if whole else rows_together(ENLARGED * bytes_of_copy, like[0].device, kept=True))
+        yield from chunks(count, None if whole else rows_together(ENLARGED * bytes_of_copy, like[0].device, GRADIENTS))
         return
     yield range(min(1, count))
     held = len(running.targets) * bytes_of_copy

@@ -101,12 +101,13 @@ class _Rectifier(_TracedRectifier):
 
 
 def _guided(cotangents: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
-    """Where a rectifier's own derivative has passed, keep what is positive."""
-    return tuple(None if g is None else g.clamp(min=0) for g in cotangents)
+    """Where a rectifier's own derivative has passed, keep what is positive: in its place, where nobody derives that."""
+    positive = torch.relu if torch.is_grad_enabled() else torch.relu_
+    return tuple(None if g is None else positive(g) for g in cotangents)
 
 
 def _deconvnet(_: Any, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return _guided(cotangents, None)
+    return tuple(None if g is None else torch.relu(g) for g in cotangents)
 
 
 _HOOKS = {"guided": _guided, "deconvnet": _deconvnet}
