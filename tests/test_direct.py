@@ -32,7 +32,7 @@ LAYERS: dict[type[nn.Module], tuple[nn.Module, tuple[int, ...]]] = {
     nn.BatchNorm2d: (nn.BatchNorm2d(4), (2, 4, 6, 6)),
     nn.BatchNorm3d: (nn.BatchNorm3d(4, affine=False), (2, 4, 6, 6, 6)),
 }
-KINDS = sorted({*_DIRECT, *_NORMS}, key=lambda kind: kind.__name__)
+KINDS = sorted(_DIRECT, key=lambda kind: kind.__name__)
 
 
 class Watching(TorchFunctionMode):

@@ -312,22 +312,22 @@ def _run_module(
         shell = Shell(model)
         shell.install(params)
         _check_scripted(shell, mode.table)
-    plain = mode.table is None and not compiling()
-    end = run_directly(shell.copies(), mode) if plain else None
+    undo: list[Callable[[], None]] = []
+    if mode.table is None and not compiling():
+        undo.append(run_directly(shell.copies(), mode))
     tap = None if edit is None else attach(shell, sites, _measured(edit, mode), seen)
-    followed = [] if mode.table is None or not mode.table.wants_layers else _follow_layers(shell, mode)
+    if tap is not None:
+        undo.append(tap.detach)
+    if mode.table is not None and mode.table.wants_layers:
+        undo += _follow_layers(shell, mode)
     _note_constants(mode, params if compiling() else shell.root)
     with mode:
         if compiling():
             result = functional_call(shell.root, params, args, kwargs)  # pyright: ignore[reportArgumentType]
         else:
             result = shell.root(*args, **kwargs)
-    for undo in followed:  # a shell that compiled code runs on is kept
-        undo()
-    if tap is not None:
-        tap.detach()
-    if end is not None:
-        end()
+    for step in reversed(undo):  # a shell that compiled code runs on is kept
+        step()
     if tap is not None:
         for site, calls in tap.calls.items():
             if calls <= (site.call or 0):

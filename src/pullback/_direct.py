@@ -24,30 +24,25 @@ _OTHERS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LayerNorm, nn.GroupNorm),
     *(nn.Flatten, nn.Identity),
 )
+_DIRECT = frozenset((*_WEIGHTED, *_NORMS, *_OTHERS))
+_TENSORS = frozenset((Tensor, nn.Parameter, type(None)))
 
 
-def _layer(forward: Callable[..., Any], layer: nn.Module, mode: swapped, func: Any, *args: Any, **kwargs: Any) -> Any:
-    if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
-        return forward(layer, *args, **kwargs)
-    with DisableTorchFunction():
-        result = forward(layer, args[0])
-    if mode.measures:
-        mode.measure(func, (args[0], layer._parameters.get("weight")), result)
-    return result
-
-
-def _norm(layer: Any, mode: swapped, *args: Any, **kwargs: Any) -> Any:
+def _unseen(direct: Callable[..., Any], layer: nn.Module, mode: swapped, *args: Any, **kwargs: Any) -> Any:
     if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
         return type(layer).forward(layer, *args, **kwargs)
-    weights, statistics = layer._parameters, layer._buffers
     with DisableTorchFunction():
-        layer._check_input_dim(args[0])
-        mean, var = statistics["running_mean"], statistics["running_var"]
-        weight, bias = weights["weight"], weights["bias"]
-        result = FORMS[F.batch_norm](mode, F.batch_norm, args[0], mean, var, weight, bias, mean is None, 0.0, layer.eps)
+        result = direct(layer, args[0])
     if mode.measures:
-        mode.measure(F.batch_norm, (), result)
+        mode.measure(_WEIGHTED.get(type(layer)), (args[0], layer._parameters.get("weight")), result)
     return result
+
+
+def _norm(mode: swapped, layer: Any, x: Tensor) -> Tensor:
+    layer._check_input_dim(x)
+    mean, var = (layer._buffers[name] for name in ("running_mean", "running_var"))
+    weight, bias = (layer._parameters[name] for name in ("weight", "bias"))
+    return FORMS[F.batch_norm](mode, F.batch_norm, x, mean, var, weight, bias, mean is None, 0.0, layer.eps)
 
 
 def run_directly(layers: Iterable[nn.Module], mode: swapped) -> Callable[[], None]:
@@ -58,16 +53,12 @@ def run_directly(layers: Iterable[nn.Module], mode: swapped) -> Callable[[], Non
     for layer in layers:
         kind, attributes = type(layer), layer.__dict__
         hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]  # these may set what it reads
-        if hooked or "forward" in attributes:
+        if hooked or "forward" in attributes or kind not in _DIRECT:
             continue
         if not all(type(t) in _TENSORS for t in attributes["_parameters"].values()):
             continue
-        if kind in _NORMS:
-            attributes["forward"] = partial(_norm, layer, mode)
-        elif kind in _DIRECT:
-            attributes["forward"] = partial(_layer, kind.forward, layer, mode, _WEIGHTED.get(kind))
-        else:
-            continue
+        direct = partial(_norm, mode) if kind in _NORMS else kind.forward
+        attributes["forward"] = partial(_unseen, direct, layer, mode)
         changed.append(attributes)
 
     def end() -> None:
@@ -75,7 +66,3 @@ def run_directly(layers: Iterable[nn.Module], mode: swapped) -> Callable[[], Non
             attributes.pop("forward", None)
 
     return end
-
-
-_TENSORS = frozenset((Tensor, nn.Parameter, type(None)))
-_DIRECT = frozenset((*_WEIGHTED, *_OTHERS))
