@@ -35,12 +35,16 @@ def _hold_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
+def budget_on(device: torch.device, budgets: tuple[int, int]) -> int:
+    """Choose between a number of bytes for a CPU and one for elsewhere."""
+    return budgets[0 if device.type == "cpu" else 1]
+
+
 def rows_together(bytes_per_row: int, device: torch.device, budgets: tuple[int, int] = FORWARDS) -> int:
     """Give how many rows run fastest together, by the largest activation of a row."""
-    on_cpu = device.type == "cpu"
-    if on_cpu and not compiling():
+    if device.type == "cpu" and not compiling():
         _hold_memory()
-    return max(1, min(MOST, budgets[0 if on_cpu else 1] // max(1, bytes_per_row)))
+    return max(1, min(MOST, budget_on(device, budgets) // max(1, bytes_per_row)))
 
 
 def chunks(count: int, size: Together) -> Iterator[range]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pullback._batch import ENLARGED, GRADIENTS, Progress, Together, chunks, each, report, rows_together
+from pullback._batch import ENLARGED, GRADIENTS, Progress, Together, budget_on, chunks, each, report, rows_together
 from pullback._ops import swapped
 from pullback._torch import compiling, current_level, eye, functorch, is_functorch_wrapped_tensor
 
@@ -27,7 +27,7 @@ class Pull(Protocol):
     def __call__(self, cotangent: Tensor, reduce: Reduce | None = None) -> Tensors: ...
 
 
-CPU_BUDGET, DEVICE_BUDGET = 24 * 2**20, 512 * 2**20  # bytes for the cotangents of a chunk
+COTANGENTS = 24 * 2**20, 512 * 2**20  # bytes for those of a chunk, on a CPU and elsewhere
 
 LARGE_HEAD = 2**14  # weights, from which it is worth while to go round a head's product
 
@@ -312,7 +312,7 @@ def _chunk_size(running: _Many, device: torch.device) -> int:
     if running.chunk_size is None:
         return count
     on_cpu = device.type == "cpu"
-    fitting = max(1, (CPU_BUDGET if on_cpu else DEVICE_BUDGET) // max(1, 4 * running.largest))
+    fitting = max(1, budget_on(device, COTANGENTS) // max(1, 4 * running.largest))
     if running.chunk_size == "auto":
         return min(count, fitting)
     return min(running.chunk_size, fitting) if on_cpu else running.chunk_size
@@ -342,6 +342,6 @@ def _cut(count: int, size: Together, like: Sequence[Tensor]) -> Iterator[range]:
         return
     yield range(min(1, count))
     held = len(running.targets) * bytes_of_copy
-    budget = 4 * (CPU_BUDGET if like[0].device.type == "cpu" else DEVICE_BUDGET)
+    budget = 4 * budget_on(like[0].device, COTANGENTS)
     for part in chunks(count - 1, max(1, budget // max(1, held, 4 * running.largest))):
         yield range(part.start + 1, part.stop + 1)
