@@ -44,7 +44,6 @@ class Scene:
         squash: Squash = None,
     ) -> None:
         self.params, self.model, self.x = params, model, x
-        self.where: dict[str, Any] = {"layer": layer, "at": at, "output": output, "strict": strict, "squash": squash}
         # made a tensor before any transform of the method's own: its range can then be checked
         self.target: Target = torch.as_tensor(target) if type(target) in (int, list) else target
         self._targets: dict[int, Target] = {}
@@ -86,7 +85,8 @@ class Scene:
             return self
         index = torch.arange(rows.start, rows.stop, device=self.device) % self.batch
         x, target = picked_inputs(self.x, index, self.batch), picked(self.target, index, self.batch)
-        return Scene(self.params, self.model, x, target, **self.where)
+        how: dict[str, Any] = {"output": self.output, "strict": self.strict, "squash": self.squash}
+        return Scene(self.params, self.model, x, target, layer=str(self.site), at=self.site.at, **how)
 
     def parts(self, count: int, size: Together, *, rows: int | None = None, times: int = 1) -> Iterator[range]:
         """Cut what is to be run, `count` copies of the batch, or of so many `rows`, each so many `times`.

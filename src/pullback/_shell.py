@@ -22,17 +22,19 @@ from torch.nn.modules.batchnorm import _NormBase
 
 Params = Mapping[str, Tensor] | tuple[Mapping[str, Tensor], ...]
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
+_OWN = nn.Identity().__dict__
+_HOOKS = tuple(
+    name
+    for name in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    )
+    if name in _OWN  # some are newer than the oldest torch
 )
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-_HOOKS, _BACKWARD_HOOKS = (  # some are newer than the oldest torch
-    tuple(name for name in names if name in nn.Identity().__dict__) for names in (_HOOKS, _BACKWARD_HOOKS)
-)
 _SKIPPED = frozenset(
     (
         *(*_HOOKS, *_BACKWARD_HOOKS, "_parameters", "_buffers", "_modules"),

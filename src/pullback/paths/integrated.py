@@ -260,8 +260,9 @@ def blur_integrated_gradients(
         widest = sigma * max(end.shape[2:])
         return maps.blurred(end, (1 - alpha) * widest, math.ceil(4 * widest), padding)
 
-    sums: dict[str, Any] = {"steps": steps, "quadrature": quadrature, "path": sharpen, "chunk_size": chunk_size}
-    where: dict[str, Any] = {"rules": rules, "output": output, "strict": strict, "progress": progress}
+    sums: dict[str, Any] = {"steps": steps, "quadrature": quadrature, "path": sharpen}
+    sums |= {"chunk_size": chunk_size, "progress": progress}
+    where: dict[str, Any] = {"rules": rules, "output": output, "strict": strict}
     return integrated_gradients(params, model, x, target, **sums, **where, return_info=return_info)
 
 
