@@ -113,12 +113,12 @@ def write_tables() -> None:
         [],
     )
     rows: dict[str, list[list[str]]] = {}
-    last = None
+    last: tuple[Any, str] = (None, "")
     for folder, record in records():
         on = measured_on(record["machine"])
         rows.setdefault(on, []).extend(record["headlines"])
         head = (folder, record["benchmark"])
-        if last is None or head != last[0]:
+        if head != last[0]:
             text += ["", f"## {record['benchmark']}, {folder.name}"]
         if (head, on) != last:
             text += ["", on]

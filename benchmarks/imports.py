@@ -42,10 +42,8 @@ def main() -> None:
     taken: dict[str, list[float]] = {library: [] for library in chosen}
     whole = subprocess.run([sys.executable, "-W", "ignore", "-c", "import torchvision"], capture_output=True)
     first = DECLARED if whole.returncode else ""
-    for turn in range(options.rounds + 1):
+    for turn in range(1 if options.smoke else 0, options.rounds + 1):
         for library, module in chosen.items():
-            if options.smoke and not turn:
-                continue
             command = [sys.executable, "-W", "ignore", "-c", CODE.format(first=first, module=module)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             if turn:  # the first one reads the disk
