@@ -610,6 +610,33 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, begun):
     assert data.asked == []  # before anything is explained
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_its_files_are_those_that_zarr_would_write(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("pullback.dataset._store.CHUNK", 4 * 3 * 8 * 8 * 4 * 2)  # bytes: so targets have chunks, too
+    data = Pictures(broken=[*range(4), 6, 22])
+    names = [f"ώ{i}" * (i % 3) for i in range(23)]
+    store = explain(tmp_path / "ours", data=data, targets="top5", dtype=dtype, ids=names)
+    assert store["gradient"].chunks[1] in (2, 4)  # of 5 targets: the last chunk is filled up
+    copy = zarr.open_group(tmp_path / "theirs", mode="w")
+    for name, array in store.arrays():
+        other = copy.create_array(
+            name,
+            shape=array.shape,
+            chunks=array.chunks,
+            dtype=array.dtype,
+            fill_value=array.fill_value,
+            compressors=array.compressors,
+            chunk_key_encoding={"name": "default", "separator": "."},
+        )
+        other[:] = array[:]
+        ours, theirs = (
+            {file.name: file.read_bytes() for file in (tmp_path / place / name).glob("c*")}
+            for place in ("ours", "theirs")
+        )
+        assert ours == theirs, name
+    assert not (tmp_path / "ours/gradient/c.0.0.0.0.0").exists()  # none of these examples could be read
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of half a megabyte, and a function that enlarges it."""

@@ -31,6 +31,7 @@ AXES = {
     3: ("channel", "height", "width"),
     4: ("channel", "depth", "height", "width"),
 }
+COMPRESSION = {"level": 1, "checksum": True}
 CHUNK = 64 * 2**20  # bytes of a chunk, about, that only many targets would exceed
 SURROUNDINGS = ("versions", "device", "threads")  # of the metadata: told where they change, but not refused
 
@@ -240,7 +241,7 @@ class Store:
             array = self.arrays[name]
             if array.shape[0] < stop:  # a stream has no length before its end
                 array.resize((stop, *array.shape[1:]))
-            array[start:stop] = values[name]
+            _write_chunks(self.path / name, array, start // self.batch_size, values[name])
 
     def rows(self, size: int, results: Mapping[str, Tensor] | None, failed: Sequence[int]) -> dict[str, np.ndarray]:
         """Give a batch's results with nothing in the rows that failed.
@@ -269,9 +270,46 @@ class Store:
         return found
 
 
+def _write_chunks(folder: Path, array: Any, number: int, values: np.ndarray) -> None:
+    """Write the chunks of a batch, as Zarr does for codecs of ours: it would take 2.5 ms of Python for each array,
+    which the methods wait for."""
+    for at in range(-(-array.shape[1] // array.chunks[1]) if array.ndim > 1 else 1):
+        part = values if array.ndim == 1 else values[:, at * array.chunks[1] :][:, : array.chunks[1]]
+        file = folder / array.metadata.encode_chunk_key((number, at, *[0] * array.ndim)[: array.ndim])
+        if _is_nothing(part, array.fill_value):
+            file.unlink(missing_ok=True)
+            continue
+        if part.shape != array.chunks:
+            whole = np.full(array.chunks, array.fill_value, part.dtype)
+            whole[tuple(map(slice, part.shape))] = part
+            part = whole
+        draft = file.with_suffix(f".{uuid.uuid4().hex}.partial")
+        try:
+            draft.write_bytes(_encoded(part, array.metadata.data_type.to_native_dtype()))
+            draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _is_nothing(values: np.ndarray, fill: Any) -> bool:
+    def same(values: np.ndarray) -> bool:
+        return bool((values == fill).all() if fill == fill else np.isnan(values).all())
+
+    return same(values.ravel()[:1]) and same(values)
+
+
+def _encoded(values: np.ndarray, dtype: np.dtype) -> bytes:
+    """Encode a chunk by the codecs of `_make`: little-endian bytes or texts of any length, then zstd."""
+    if values.dtype == object:
+        raw = import_module("numcodecs.vlen").VLenUTF8().encode(values)
+    else:
+        raw = np.ascontiguousarray(values, dtype.newbyteorder("<"))
+    return import_module("numcodecs.zstd").Zstd(**COMPRESSION).encode(raw)
+
+
 def _make(path: Path, metadata: Mapping[str, Any], results: Mapping[str, Tensor], length: int) -> None:
     package = zarr()
-    codec = import_module("zarr.codecs").ZstdCodec(level=1, checksum=True)
+    codec = import_module("zarr.codecs").ZstdCodec(**COMPRESSION)
     group = package.open_group(str(path), mode="w-", attributes=dict(metadata))
     batch = int(metadata["batch_size"])
     sizes: dict[str, int] = {}
