@@ -1,11 +1,7 @@
 """The command line over a folder of photographs: run, show, metrics; bad input ends in one line and exit code 2."""
 
 import csv
-import platform
-import resource
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -139,25 +135,6 @@ def test_stopped_by_ctrl_c(capsys, monkeypatch):
         assert run(capsys, *explain) == (130, [], ["pullback: stopped; the same command goes on from here"])
     assert open_store("s.zarr")["status"][:].tolist() == [1, 1, 0, 0, 0]
     assert run(capsys, *explain) == (0, ["s.zarr: 5 of 5 explained, 0 failed"], [])
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of glibc")
-def test_the_process_of_a_command_keeps_its_memory():
-    """Pages are fetched from the system once or twice, not for each of 20 tensors of 64 MB."""
-    text = """
-        import resource, sys, torch
-        from pullback import cli
-
-        sys.argv = ["pullback", "nothing"]
-        assert cli.main() == 2
-        torch.ones(2**24)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(20):
-            torch.ones(2**24)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    """
-    got = subprocess.run([sys.executable, "-c", textwrap.dedent(text)], capture_output=True, text=True, check=True)
-    assert int(got.stdout) < 5 * 2**26 / resource.getpagesize()
 
 
 def test_metrics_draw_a_bar_on_a_terminal(capsys, store, monkeypatch):

@@ -7,12 +7,12 @@ takes its memory from the system anew, which costs more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from pullback._memory import hold_a_little, kept
 from pullback._torch import compiling
 
 Together: TypeAlias = "int | Literal['auto'] | None"  # how much goes together: None for all
@@ -25,16 +25,6 @@ ENLARGED = 8  # the largest activation of a network over its input, where it is 
 MOST = 1024  # rows that go together, however small
 
 
-@cache
-def _hold_memory() -> None:
-    """Let the C library keep 62 MB that are free, where it is glibc: twice the largest block that it was given back.
-
-    Otherwise each forward may give all that it used back to the system, and the next take it anew, page by page. The
-    block is never written to, so it takes no memory itself.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
-
-
 def budget_on(device: torch.device, budgets: tuple[int, int]) -> int:
     """Choose between a number of bytes for a CPU and one for elsewhere."""
     return budgets[0 if device.type == "cpu" else 1]
@@ -43,19 +33,23 @@ def budget_on(device: torch.device, budgets: tuple[int, int]) -> int:
 def rows_together(bytes_per_row: int, device: torch.device, budgets: tuple[int, int] = FORWARDS) -> int:
     """Give how many rows run fastest together, by the largest activation of a row."""
     if device.type == "cpu" and not compiling():
-        _hold_memory()
+        hold_a_little()
     return max(1, min(MOST, budget_on(device, budgets) // max(1, bytes_per_row)))
 
 
 def chunks(count: int, size: Together) -> Iterator[range]:
-    """Cut ``range(count)`` into ranges of at most `size`."""
+    """Cut ``range(count)`` into ranges of at most `size`; memory is kept from one to the next."""
     if isinstance(size, str):
         raise ValueError(f"`chunk_size` must be a number, 'auto' or None, got {size!r}.")
     if size is not None and size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {size}.")
     size = size or count
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))
+    parts = (range(start, min(start + size, count)) for start in range(0, count, size))
+    if size >= count or compiling():
+        yield from parts
+        return
+    with kept():
+        yield from parts
 
 
 def report(progress: Progress, done: int, total: int) -> None:

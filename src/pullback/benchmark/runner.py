@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback import maps
+from pullback import _memory, maps
 from pullback._call import PullbackWarning, params_of
 from pullback._networks import first_line
 from pullback._targets import over_targets
@@ -207,6 +207,7 @@ def digest_of(example: Example) -> str:
     return _digest([example.x, example.targets, example.masks])
 
 
+@_memory.kept(_memory.MANY)
 def run(
     model: Any,
     examples: Sequence[Example],

@@ -10,16 +10,16 @@ the call from being explained.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import inspect
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import pullback
+from pullback import _memory
 from pullback._networks import Problem, say, told_as
 from pullback.cli._asked import chosen_methods as chosen_methods
 from pullback.cli._asked import is_required, method_options, public_methods, set_up, version
@@ -187,27 +187,11 @@ def one_line_warnings() -> Iterator[None]:
         yield
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-
-
-def keep_memory() -> None:
-    """Have this process keep the memory that it frees, for the next forward.
-
-    glibc gives large pieces back to the system at once, and fetching them anew can take as long as the forward itself.
-    """
-    with suppress(OSError, AttributeError, TypeError):  # no glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
-    if arguments is None:  # this process is the command's
-        keep_memory()
     try:
         parsed = parser().parse_args(arguments)
-        with one_line_warnings():
+        with one_line_warnings(), _memory.kept(_memory.MANY):
             return parsed.run(parsed)
     except Problem as problem:
         say(f"pullback: error: {problem}")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pullback import _memory
 from pullback._call import Model, Params, Select, params_of
 from pullback.dataset._compute import (
     DTYPES,
@@ -46,6 +47,7 @@ Progress = Callable[[int, "int | None"], Any]
 HOPELESS = 64  # examples that could be read and not be explained, before any that could: the call is wrong
 
 
+@_memory.kept(_memory.MANY)
 def explain_dataset(
     method: Method | Mapping[str, Method],
     params: Params,

@@ -1,0 +1,61 @@
+"""Memory that is freed is fetched anew from the system, but for where it is kept."""
+
+import platform
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of glibc")
+
+BEGIN = """
+    import resource, torch
+    from pullback import _batch
+    from pullback._memory import MANY, kept
+
+    def fetched(parts):
+        '''Fetch pages, in megabytes, for 20 times a tensor of 64 MB beside one of 16 MB.'''
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in parts:
+            torch.ones(2**24), torch.ones(2**22)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20
+
+    def held():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+"""
+
+
+def in_a_process_of_its_own(text):
+    text = textwrap.dedent(BEGIN) + textwrap.dedent(text)
+    got = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
+
+
+def test_memory_is_kept_for_a_while():
+    in_a_process_of_its_own("""
+        assert fetched(range(20)) > 20 * 64
+        start = held()
+        with kept(MANY):
+            assert held() < start + 4  # what is kept is what was used
+            assert fetched(range(20)) < 2 * 80
+            assert held() > start + 60
+    """)
+
+
+def test_it_is_kept_between_parts():
+    in_a_process_of_its_own("""
+        assert fetched(_batch.chunks(1, 1)) > 64
+        assert fetched(_batch.chunks(20, 1)) < 2 * 80
+    """)
+
+
+def test_a_process_that_may_have_no_more_goes_on():
+    in_a_process_of_its_own("""
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, -1))
+        with kept(MANY):
+            assert fetched(range(20)) < 2 * 80
+        torch.ones(2**26)
+    """)
