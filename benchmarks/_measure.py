@@ -9,6 +9,7 @@ CPU, the allocator's peak on CUDA.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.metadata
 import json
@@ -27,6 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pullback import keep_memory
 
 Run = Callable[[], Any]
 SHORT = 1.0  # seconds
@@ -113,28 +116,33 @@ def seconds(
     limit: float = float("inf"),
     least: float = 0.0,
     warm: bool = False,
+    keep: bool = True,
 ) -> dict[str, list[float]]:
     """Time each case once a round, after one run of each unless they are `warm`.
+
+    Memory that a case frees is kept for all, or each would pay for what those before it happened to leave at the end of
+    the heap; not with `keep` off, as in a process where nobody thought of that.
 
     The order is drawn anew for each round, and a case that takes less than `SHORT` seconds runs once untimed in its
     turn: one that follows a large one would pay for the memory that it gave back. After `limit` seconds no round
     begins, but for the first two. A case that takes less than `least` seconds is repeated, and its mean taken.
     """
-    begun, order = time.perf_counter(), random.Random(0)
-    for run in () if warm else cases.values():
-        run()
-    first = {name: once(run, device) if least else math.inf for name, run in cases.items()}
-    repeats = {name: max(1, round(least / took)) for name, took in first.items()}
-    taken: dict[str, list[float]] = {name: [] for name in cases}
-    for done in range(rounds):
-        if done >= 2 and time.perf_counter() - begun > limit:
-            break
-        for name in order.sample(list(cases), len(cases)):
-            gc.collect()
-            if first[name] < SHORT:
-                cases[name]()
-            taken[name].append(once(_repeated(cases[name], repeats[name]), device) / repeats[name])
-    return taken
+    with keep_memory() if keep else contextlib.nullcontext():
+        begun, order = time.perf_counter(), random.Random(0)
+        for run in () if warm else cases.values():
+            run()
+        first = {name: once(run, device) if least else math.inf for name, run in cases.items()}
+        repeats = {name: max(1, round(least / took)) for name, took in first.items()}
+        taken: dict[str, list[float]] = {name: [] for name in cases}
+        for done in range(rounds):
+            if done >= 2 and time.perf_counter() - begun > limit:
+                break
+            for name in order.sample(list(cases), len(cases)):
+                gc.collect()
+                if first[name] < SHORT:
+                    cases[name]()
+                taken[name].append(once(_repeated(cases[name], repeats[name]), device) / repeats[name])
+        return taken
 
 
 def _repeated(run: Run, times: int) -> Run:

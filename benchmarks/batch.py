@@ -1,4 +1,4 @@
-"""Throughput against batch size: images a second for one target each.
+"""Throughput against batch size: images a second for one target each, and without `keep_memory`.
 
 python benchmarks/batch.py --networks resnet18,lite0
 """
@@ -61,8 +61,11 @@ def main() -> None:
             runs |= {(batch, case): run for case, run in cases(model, x, name).items()}
         taken = seconds({f"{b}/{case}": run for (b, case), run in runs.items()}, options.rounds, options.device,
                         limit=options.limit, warm=True)  # fmt: skip
-        for batch, case in runs:
-            times = taken[f"{batch}/{case}"]
+        anew = {f"{b}/{case}, memory not kept": runs[b, case] for b, case in runs if case in ("autograd", "gradient")}
+        taken |= seconds(anew, options.rounds, options.device, limit=options.limit, warm=True, keep=False)
+        for key, times in taken.items():
+            number, case = key.split("/")
+            batch = int(number)
             of_plain, speed = ratio(times, taken[f"{batch}/autograd"]), batch / quartiles(times)[1]
             rows.append([name, str(batch), case, milliseconds(times), f"{speed:.3g}", with_spread(of_plain)])
             results[f"{name}/{batch}/{case}"] = {"seconds": times, "images a second": speed, "of autograd": of_plain}

@@ -7,12 +7,14 @@ import textwrap
 
 import pytest
 
+from pullback import keep_memory
+
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of glibc")
 
 BEGIN = """
     import resource, torch
     from pullback import _batch
-    from pullback._memory import MANY, kept
+    from pullback import keep_memory
 
     def fetched(parts):
         '''Fetch pages, in megabytes, for 20 times a tensor of 64 MB beside one of 16 MB.'''
@@ -37,7 +39,7 @@ def test_memory_is_kept_for_a_while():
     in_a_process_of_its_own("""
         assert fetched(range(20)) > 20 * 64
         start = held()
-        with kept(MANY):
+        with keep_memory():
             assert held() < start + 4  # what is kept is what was used
             assert fetched(range(20)) < 2 * 80
             assert held() > start + 60
@@ -51,11 +53,16 @@ def test_it_is_kept_between_parts():
     """)
 
 
+def test_what_is_no_number_of_bytes_is_refused():
+    with pytest.raises(ValueError, match="`up_to` must be a number of bytes, got -1"), keep_memory(-1):
+        pass
+
+
 def test_a_process_that_may_have_no_more_goes_on():
     in_a_process_of_its_own("""
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, -1))
-        with kept(MANY):
+        with keep_memory():
             assert fetched(range(20)) < 2 * 80
         torch.ones(2**26)
     """)

@@ -5,6 +5,7 @@ from pullback._call import activation as activation
 from pullback._call import layers as layers
 from pullback._call import params_of as params_of
 from pullback._compiled import compiled as compiled
+from pullback._memory import keep_memory as keep_memory
 from pullback._taps import Layer as Layer
 from pullback._targets import over_targets as over_targets
 from pullback.attention import attention_relevance as attention_relevance
@@ -76,6 +77,7 @@ __all__ = [
     "params_of",
     "over_targets",
     "compiled",
+    "keep_memory",
     "Rules",
     "grad_cam",
     "linear_approx",

@@ -1,7 +1,6 @@
 """Evaluate several copies of a batch together: fold copies into the batch axis, a chunk of them at a time.
 
-On a CPU a larger batch saves little, and where it makes an activation larger than some tens of megabytes, each forward
-takes its memory from the system anew, which costs more.
+On a CPU a larger batch saves little, and one whose largest activation exceeds some tens of megabytes costs more.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pullback._memory import hold_a_little, kept
+from pullback._memory import FEW, hold_a_little, keep_memory
 from pullback._torch import compiling
 
 Together: TypeAlias = "int | Literal['auto'] | None"  # how much goes together: None for all
@@ -48,7 +47,7 @@ def chunks(count: int, size: Together) -> Iterator[range]:
     if size >= count or compiling():
         yield from parts
         return
-    with kept():
+    with keep_memory(FEW):
         yield from parts
 
 

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 
 BLOCK = 31 * 2**20  # bytes: glibc takes blocks of up to 32 MiB from its heap, once it was given back such a one
-FEW, MANY = 16, 128  # blocks: what some forwards together, and whole batches with their gradients, have in hand
+FEW, MANY = 2**29, 2**32  # bytes: what some forwards together, and whole batches with their gradients, have in hand
 
 
 @cache
@@ -28,10 +28,10 @@ def _glibc() -> ctypes.CDLL | None:
     return libc
 
 
-def _taken(blocks: int) -> int | None:
-    """Take so many blocks, or as many as there are, and give all back but the last, which stays to be given back."""
+def _taken(size: int) -> int | None:
+    """Take so many bytes, or as many as there are, in blocks; give all back but the last, which the caller must."""
     libc, taken = _glibc(), []
-    while libc is not None and len(taken) < blocks and (block := libc.malloc(BLOCK)) is not None:
+    while libc is not None and len(taken) * BLOCK < size and (block := libc.malloc(BLOCK)) is not None:
         taken.append(block)
     last = taken.pop() if taken else None
     for block in taken:
@@ -51,16 +51,35 @@ def hold_a_little() -> None:
 
 
 @contextmanager
-def kept(blocks: int = FEW) -> Iterator[None]:
-    """Keep all that is freed meanwhile, for as many blocks: the last of them stays at the end of the heap.
+def keep_memory(up_to: int = MANY) -> Iterator[None]:
+    """Keep the memory that is freed meanwhile for what comes next, on a CPU with glibc; elsewhere, do nothing.
 
-    None of them is ever written to, so they take no memory themselves. Afterwards what is free can go back. A process
-    that computes on a GPU needs none of it.
+    For loops of your own over batches, where fetching memory from the system anew takes as long as some of the
+    arithmetic: `benchmarks/batch.py` measures how long. Methods do so between their own parts, and runs over a dataset
+    between batches. It also holds for what is not pullback's.
+
+    Costs about a millisecond, and no memory but what would have gone back: the end of the heap is held by a block that
+    is never written to. Afterwards what is free can go back. In a process that has begun to use CUDA, nothing is done.
+
+    Args:
+        up_to: Bytes to keep, at most.
+
+    Raises:
+        ValueError: If `up_to` is negative.
+
+    Example:
+        >>> model, batches = torch.nn.Linear(3, 4).eval(), torch.randn(5, 2, 3)
+        >>> with keep_memory():
+        ...     maps = [gradient({}, model, x, target=0) for x in batches]
+        >>> torch.equal(torch.stack(maps), model.weight[0].expand(5, 2, 3))
+        True
     """
+    if up_to < 0:
+        raise ValueError(f"`up_to` must be a number of bytes, got {up_to}.")
     last = None
     if not torch.cuda.is_initialized():
         hold_a_little()
-        last = _taken(blocks)
+        last = _taken(up_to)
     try:
         yield
     finally:

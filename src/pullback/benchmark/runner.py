@@ -24,8 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback import _memory, maps
+from pullback import maps
 from pullback._call import PullbackWarning, params_of
+from pullback._memory import keep_memory
 from pullback._networks import first_line
 from pullback._targets import over_targets
 from pullback.benchmark.examples import Example, first
@@ -207,7 +208,7 @@ def digest_of(example: Example) -> str:
     return _digest([example.x, example.targets, example.masks])
 
 
-@_memory.kept(_memory.MANY)
+@keep_memory()
 def run(
     model: Any,
     examples: Sequence[Example],

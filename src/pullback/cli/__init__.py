@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import pullback
-from pullback import _memory
 from pullback._networks import Problem, say, told_as
 from pullback.cli._asked import chosen_methods as chosen_methods
 from pullback.cli._asked import is_required, method_options, public_methods, set_up, version
@@ -191,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
     try:
         parsed = parser().parse_args(arguments)
-        with one_line_warnings(), _memory.kept(_memory.MANY):
+        with one_line_warnings(), pullback.keep_memory():
             return parsed.run(parsed)
     except Problem as problem:
         say(f"pullback: error: {problem}")

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pullback import _memory
 from pullback._call import Model, Params, Select, params_of
+from pullback._memory import keep_memory
 from pullback.dataset._compute import (
     DTYPES,
     REDUCTIONS,
@@ -47,7 +47,7 @@ Progress = Callable[[int, "int | None"], Any]
 HOPELESS = 64  # examples that could be read and not be explained, before any that could: the call is wrong
 
 
-@_memory.kept(_memory.MANY)
+@keep_memory()
 def explain_dataset(
     method: Method | Mapping[str, Method],
     params: Params,
