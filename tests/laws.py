@@ -74,6 +74,11 @@ def a_far_baseline(case: Case) -> dict[str, Any]:
     return {"baseline": 4.0} if case.name == "batch norm before tokens" else {}
 
 
+def channels_last(case: Case) -> dict[str, Any]:
+    """An LSTM's channels are its units. Each step's units may sum to nearly 0, by which XGrad-CAM divides."""
+    return {"tokens": "channels_last"} if case.name == "lstm" else {}
+
+
 LAWS: dict[str, Law] = {
     "gradient": Law(basis=True),
     "guided_backprop": Law(rules=True, basis=True),
@@ -152,6 +157,7 @@ LAWS |= {
     "is_cam": Law({"samples": 2}, points=lambda case: 1 + 2 * channels(case)),
     "ablation_cam": Law(points=lambda case: 1 + channels(case)),
     "finer_cam": Law(points=2, suited=at_its_layer),
+    "xgrad_cam": Law(suited=channels_last),
     "fused_cam": Law(suited=at_its_layers),
     "refine_cam": Law(suited=at_its_layers),
     "guided_grad_cam": Law(points=2, rules=True),

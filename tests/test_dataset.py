@@ -493,8 +493,9 @@ def test_results_begun_elsewhere_are_told(tmp_path, monkeypatch):
     explain(tmp_path / "s", methods=gradient, shard=(0, 2))
     group = zarr.open_group(str(tmp_path / "s"), mode="r+")
     group.attrs["versions"] = group.attrs["versions"] | {"torch": "1.0"}
-    with pytest.warns(PullbackWarning, match=r"begun elsewhere.*`versions.torch` was \"1.0\""):
+    with pytest.warns(PullbackWarning, match=r"begun elsewhere.*`versions.torch` was \"1.0\"") as told:
         explain(tmp_path / "s", methods=gradient)
+    assert told[0].filename == __file__
 
 
 def test_what_is_there_and_no_store(tmp_path):

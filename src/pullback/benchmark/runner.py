@@ -274,7 +274,7 @@ def run(
                         line = _unit(params, model, name, entry, example, {m: metrics[m] for m in left})
                     except Exception as error:
                         what = f"`{name}` on example {example.name!r} is left out: {first_line(error)}"
-                        warnings.warn(what, PullbackWarning, stacklevel=2)
+                        warnings.warn(what, PullbackWarning, stacklevel=3)
                     else:
                         journal.add(line)
                 shared = {"method": name, "options": entry.told, "example": example.name}

@@ -295,7 +295,7 @@ def _is_nothing(values: np.ndarray, fill: Any) -> bool:
     def same(values: np.ndarray) -> bool:
         return bool((values == fill).all() if fill == fill else np.isnan(values).all())
 
-    return same(values.ravel()[:1]) and same(values)
+    return same(values.flat[:1]) and same(values)
 
 
 def _encoded(values: np.ndarray, dtype: np.dtype) -> bytes:
