@@ -498,6 +498,20 @@ def test_results_begun_elsewhere_are_told(tmp_path, monkeypatch):
     assert told[0].filename == __file__
 
 
+def test_examples_that_are_gone_are_named(tmp_path):
+    names = [f"{i}.jpg" for i in range(23)]
+    explain(tmp_path / "s", methods=gradient, ids=names)
+    for left, said in (
+        (names[:7] + names[8:], "example '7.jpg' is no longer there. "),
+        (names[:20], "'20.jpg'.*nor 2 more"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            explain(tmp_path / "s", methods=gradient, data=Pictures(len(left)), ids=left)
+    with pytest.raises(ValueError, match="`ids` was") as told:  # more, or in another order
+        explain(tmp_path / "s", methods=gradient, ids=names[::-1])
+    assert "no longer" not in str(told.value)
+
+
 def test_what_is_there_and_no_store(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is there and is no store of results"):

@@ -174,7 +174,7 @@ def explain_dataset(
         **surroundings(device),
     }
     check_writable(path)
-    store = Store(path, metadata) if exists(path) else None
+    store = Store(path, metadata, ids) if exists(path) else None
     share = Share(rank, world, frozenset() if store is None else store.done(check, retry))
     feed = batches(
         data,

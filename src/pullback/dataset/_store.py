@@ -160,7 +160,7 @@ class Store:
     batch's other chunks: whenever the process is killed, what is marked is whole.
     """
 
-    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, metadata: Mapping[str, Any], ids: Sequence[str] | None = None) -> None:
         self.path = path
         self.group = _opened(path, "r+")
         held = dict(self.group.attrs)
@@ -169,8 +169,8 @@ class Store:
         found = differences(before, now)
         if found:
             raise ValueError(
-                f"`out` {str(path)!r} holds the results of another run: {'; '.join(found)}. Choose another place, or "
-                "delete it."
+                f"`out` {str(path)!r} holds the results of another run: {'; '.join(found + self._gone(ids))}. "
+                "Choose another place, or delete it."
             )
         before, now = ({k: m.get(k) for k in SURROUNDINGS} for m in (held, metadata))
         changed = differences(before, now)
@@ -183,6 +183,13 @@ class Store:
         self.arrays = {name: self.group[name] for name in self.group}
         self.writer = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
+
+    def _gone(self, ids: Sequence[str] | None) -> list[str]:
+        """Name an example that has results and is not among those of now."""
+        now = set(map(str, ids or ()))
+        gone = [name for name in read(self.group, "ids") if name and name not in now] if ids is not None else []
+        more = f", nor {len(gone) - 1} more" if len(gone) > 1 else ""
+        return [f"example {name!r} is no longer there{more}" for name in gone[:1]]
 
     @classmethod
     def create(cls, path: Path, metadata: Mapping[str, Any], results: Mapping[str, Tensor], length: int) -> Store:
