@@ -32,8 +32,8 @@ JOBS: dict[str, tuple[str, ...]] = {
     # a second thread takes longer to wake than a small network takes, and its share of the work varies
     "overhead-mlp": ("overhead", "--networks", "mlp", "--threads", "1"),
     "overhead-resnet50": ("overhead", "--networks", "resnet50", "--threads", "1", "--limit", "200"),
-    "overhead-vgg16": ("overhead", "--networks", "vgg16"),
-    "overhead-vit_b_16": ("overhead", "--networks", "vit_b_16"),
+    "overhead-vgg16": ("overhead", "--networks", "vgg16", "--limit", "200"),
+    "overhead-vit_b_16": ("overhead", "--networks", "vit_b_16", "--limit", "200"),
     "overhead-lite0": ("overhead", "--networks", "lite0", "--threads", "1", "--limit", "100"),
     "targets-mlp": ("targets", "--networks", "mlp", "--targets", "1,8,10", "--threads", "1"),
     "targets-resnet18": ("targets", "--networks", "resnet18"),
