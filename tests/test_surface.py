@@ -13,6 +13,7 @@ layers
 params_of
 over_targets
 compiled
+keep_memory
 Rules
 grad_cam
 linear_approx
