@@ -124,8 +124,9 @@ def seconds(
     the heap; not with `keep` off, as in a process where nobody thought of that.
 
     The order is drawn anew for each round, and a case that takes less than `SHORT` seconds runs once untimed in its
-    turn: one that follows a large one would pay for the memory that it gave back. After `limit` seconds no round
-    begins, but for the first two. A case that takes less than `least` seconds is repeated, and its mean taken.
+    turn: one that follows a large one would pay for a cold cache, or for memory that was given back. After `limit`
+    seconds no round begins, but for the first two. A case that takes less than `least` seconds is repeated, and its
+    mean taken.
     """
     with keep_memory() if keep else contextlib.nullcontext():
         begun, order = time.perf_counter(), random.Random(0)

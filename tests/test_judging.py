@@ -499,6 +499,7 @@ def test_what_fails_is_told_left_out_and_tried_again(tmp_path):
     table = {"sick": Entry(sick), "broken": Entry(broken), "good": Entry(pullback.gradient)}
     with pytest.warns(PullbackWarning) as told:
         rows = benchmark.run(model, found, table, out=tmp_path)
+    assert {w.filename for w in told} == {__file__}
     said = {str(w.message) for w in told}
     assert "`sick` on example '1' is left out: the map holds NaN or infinite values" in said
     assert "`broken` on example '0' is left out: out of luck" in said

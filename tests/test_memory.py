@@ -13,8 +13,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallo
 
 BEGIN = """
     import resource, torch
-    from pullback import _batch
-    from pullback import keep_memory
+    from pullback import _batch, keep_memory
 
     def fetched(parts):
         '''Fetch pages, in megabytes, for 20 times a tensor of 64 MB beside one of 16 MB.'''
@@ -50,6 +49,15 @@ def test_it_is_kept_between_parts():
     in_a_process_of_its_own("""
         assert fetched(_batch.chunks(1, 1)) > 64
         assert fetched(_batch.chunks(20, 1)) < 2 * 80
+    """)
+
+
+def test_it_is_kept_while_a_command_runs():
+    in_a_process_of_its_own("""
+        from pullback import cli
+
+        cli.list_methods = lambda arguments: int(fetched(range(20)))
+        assert cli.main(["methods"]) < 2 * 80
     """)
 
 
