@@ -1,5 +1,8 @@
 """A compiled method gives what the method gives, whatever the class, the model and the shape."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +59,16 @@ def test_more_models_than_torch_allows_graphs_of_one_function():
         torch.testing.assert_close(
             fast(params_of(model), model, x, 1), pullback.gradient(params_of(model), model, x, 1)
         )
+
+
+@pytest.mark.parametrize("compile", [compiled, torch.compile])
+def test_a_model_is_forgotten_with_its_function(compile):
+    model, fast = network(), compile(pullback.gradient, backend="eager")
+    fast(params_of(model), model, image(), 1)
+    alive = weakref.ref(model)
+    del model, fast
+    gc.collect()
+    assert alive() is None
 
 
 def test_other_shapes_and_options_compile_anew():

@@ -51,11 +51,13 @@ def run_directly(layers: Iterable[nn.Module], mode: swapped) -> Callable[[], Non
         return lambda: None
     changed: list[dict[str, Any]] = []
     for layer in layers:
-        kind, attributes = type(layer), layer.__dict__
-        hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]  # these may set what it reads
-        if hooked or "forward" in attributes or kind not in _DIRECT:
+        kind = type(layer)
+        if kind not in _DIRECT:
             continue
-        if not all(type(t) in _TENSORS for t in attributes["_parameters"].values()):
+        attributes = layer.__dict__
+        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "forward" in attributes:
+            continue  # hooks may set what it reads
+        if not _TENSORS.issuperset(map(type, attributes["_parameters"].values())):
             continue
         direct = partial(_norm, mode) if kind in _NORMS else kind.forward
         attributes["forward"] = partial(_unseen, direct, layer, mode)

@@ -42,12 +42,15 @@ _SKIPPED = frozenset(
         *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
     )
 )
+_PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
+_set = object.__setattr__  # a module's own looks for parameters and modules first
 _ATOMS = frozenset((bool, int, float, str, type(None), Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size))
 
 
 # modules of these are no wrappers, and what they hold beside parameters and modules takes no part in their forward
 _PLAIN_HOMES = frozenset(
-    f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "conv", "linear", "pooling", "normalization")
+    f"torch.nn.modules.{name}"
+    for name in ("activation", "batchnorm", "conv", "dropout", "linear", "normalization", "padding", "pooling")
 )
 
 
@@ -58,7 +61,7 @@ def is_scripted(module: nn.Module) -> bool:
 def unwrapped(module: nn.Module) -> nn.Module:
     """Give the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
     while type(module).__module__ not in _PLAIN_HOMES:
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(module, _PARALLEL):
             module = module.module
         elif type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
             module = module._modules["_orig_mod"]  # pyright: ignore[reportAssignmentType]
@@ -110,19 +113,28 @@ class Shell:
     """
 
     def __init__(self, model: nn.Module, backward_hooks: bool = False) -> None:
-        self.model = unwrapped(model)
+        inner = unwrapped(model)
+        self._model = weakref.ref(inner)  # a shell that is kept does not keep the model, whose modules' ids are keys
         self._keeps_backward_hooks = backward_hooks
         self._copies: dict[int, nn.Module] = {}
         self._paths: dict[str, nn.Module] = {}
-        self._slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        self._owned: list[tuple[str | None, dict[str, Any]]] = []  # tensors, and what goes before their names
+        self._flat: list[nn.Module] = []  # layers that keep a list of their weights
         self._closures: dict[int, types.FunctionType] = {}
-        self._originals: list[nn.Module] = []  # kept alive while their ids are keys
+        self._holders: list[tuple[nn.Module, nn.Module]] = []  # that may hold modules elsewhere, with their copies
         self.unheard: list[str] = []
         self.has_scripted = False
-        self.root = self._copy(self.model, "")
-        for original in list(self._originals):
-            if not is_scripted(original):
-                self._rebind(original, self._copies[id(original)])
+        self.root = self._copy(inner, "")
+        while self._holders:
+            self._rebind(*self._holders.pop())
+        self._closures.clear()
+        self._ties = self._shared()
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        assert model is not None  # its caller holds it
+        return model
 
     def of(self, path: str) -> nn.Module | None:
         copy = self._paths.get(path)
@@ -155,52 +167,63 @@ class Shell:
                     "Call `model.eval()` first."
                 )
             self._copies[id(module)] = module
-            self._originals.append(module)
             self.has_scripted = True
             return module
-        copy = object.__new__(type(module))
+        kind = type(module)
+        copy = object.__new__(kind)
         attributes = module.__dict__.copy()
-        object.__setattr__(copy, "__dict__", attributes)
+        _set(copy, "__dict__", attributes)
         attributes["training"] = False
         self._copies[id(module)] = copy
-        self._originals.append(module)
         if path is not None:
             self._paths[path] = copy
+        hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
+        if hooked or kind.__module__ not in _PLAIN_HOMES or "forward" in attributes:
+            self._holders.append((module, copy))
         for name in _HOOKS:
-            attributes[name] = hooks.copy() if (hooks := attributes.get(name)) else OrderedDict()
+            attributes[name] = hooks.copy() if hooked and (hooks := attributes.get(name)) else OrderedDict()
         for name in _BACKWARD_HOOKS:
             if attributes.get(name) and not self._keeps_backward_hooks:
-                self.unheard.append(path or type(module).__name__)
+                self.unheard.append(path or kind.__name__)
                 attributes[name] = OrderedDict()
         if attributes.get("_compiled_call_impl") is not None:  # set by `module.compile()`
             attributes["_compiled_call_impl"] = None
-        for kind in ("_parameters", "_buffers"):
-            owned = attributes[kind]
-            if owned:
-                attributes[kind] = owned = owned.copy()
-                for name, tensor in owned.items():
-                    if tensor is not None:
-                        self._slots.setdefault(id(tensor), []).append((owned, name))
+        prefix = f"{path}." if path else path
+        for owner in ("_parameters", "_buffers"):
+            if attributes[owner]:
+                attributes[owner] = owned = attributes[owner].copy()
+                self._owned.append((prefix, owned))
             else:
-                attributes[kind] = {}
+                attributes[owner] = {}
         if attributes["_buffers"] and not isinstance(module, _NormBase):
             for name, buffer in attributes["_buffers"].items():
                 if buffer is not None and buffer.numel() <= 1:  # a counter that `forward` moves in place
                     attributes["_buffers"][name] = buffer.clone()
+        if "_flat_weights_names" in attributes:
+            self._flat.append(copy)
         children = module._modules
         attributes["_modules"] = copies = type(children)()
         for name, child in children.items():
-            below = None if path is None else f"{path}.{name}" if path else name
+            below = None if prefix is None else prefix + name
             copies[name] = None if child is None else self._copy(child, below)
         return copy
 
+    def _shared(self) -> list[list[tuple[str | None, dict[str, Any], str]]]:
+        """Give the places of each tensor that has several."""
+        ids = [id(tensor) for _, owned in self._owned for tensor in owned.values() if tensor is not None]
+        if len(set(ids)) == len(ids):
+            return []
+        places: dict[int, list[tuple[str | None, dict[str, Any], str]]] = {}
+        for prefix, owned in self._owned:
+            for name, tensor in owned.items():
+                if tensor is not None:
+                    places.setdefault(id(tensor), []).append((prefix, owned, name))
+        return [found for found in places.values() if len(found) > 1]
+
     def _rebind(self, original: nn.Module, copy: nn.Module) -> None:
         attributes = copy.__dict__
-        hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
-        if type(original).__module__ in _PLAIN_HOMES and not hooked and "forward" not in attributes:
-            return
         for name, value in original.__dict__.items():
-            if name in _SKIPPED or type(value) in _ATOMS:
+            if type(value) in _ATOMS or name in _SKIPPED:
                 continue
             bound = self._bound(value)
             if bound is not value:
@@ -218,18 +241,16 @@ class Shell:
         if kind in _ATOMS:
             return value
         if isinstance(value, nn.Module):
-            new = id(unwrapped(value)) not in self._copies
-            copy = self._copy(value)
-            if new and not is_scripted(unwrapped(value)):
-                self._rebind(unwrapped(value), copy)
-            return copy
+            return self._copy(value)
         if kind is types.MethodType:
             if not isinstance(value.__self__, nn.Module):
                 return value
             return types.MethodType(value.__func__, self._bound(value.__self__))
         if kind is partial:
             return partial(self._bound(value.func), *map(self._bound, value.args), **self._bound(value.keywords))
-        if kind in (list, tuple, set):
+        if kind is tuple:
+            return value if _ATOMS.issuperset(map(type, value)) else tuple(map(self._bound, value))
+        if kind in (list, set):
             return kind(value) if _ATOMS.issuperset(map(type, value)) else kind(map(self._bound, value))
         if kind in (dict, OrderedDict):
             return kind((k, self._bound(v)) for k, v in value.items())
@@ -278,50 +299,52 @@ class Shell:
         given: dict[str, Tensor] = {}
         for part in params if isinstance(params, tuple) else (params,):
             given.update(part)
+        met = 0
+        for prefix, owned in self._owned:
+            for name, tensor in owned.items():
+                new = None if prefix is None else given.get(prefix + name)
+                if new is not None:
+                    met += 1
+                elif tensor is not None and (tensor.requires_grad or tensor.is_inference()):
+                    new = tensor.detach()  # what is left out is constant
+                else:
+                    continue
+                owned[name] = new.clone() if new.is_inference() else new
         placed: set[tuple[int, str]] = set()
-        ties: list[tuple[list[tuple[dict[str, Any], str]], Tensor]] = []
-        for name, tensor in given.items():
-            owned, leaf = self._slot(name, tensor)
-            if owned is None:
-                continue
-            slots = self._slots.get(id(owned[leaf]), ())
-            if len(slots) > 1:
-                ties.append((list(slots), tensor))
-            owned[leaf] = tensor.clone() if tensor.is_inference() else tensor
-            placed.add((id(owned), leaf))
-        for slots, tensor in ties:
-            for owned, leaf in slots:
-                if (id(owned), leaf) not in placed:
-                    owned[leaf] = tensor
+        if met < len(given):  # a second name of a shared module, a scripted one, a name with wrappers in it
+            named = {prefix + name for prefix, owned in self._owned if prefix is not None for name in owned}
+            for name, tensor in given.items():
+                if name not in named and (slot := self._slot(name, tensor)) is not None:
+                    owned, leaf = slot
+                    owned[leaf] = tensor.clone() if tensor.is_inference() else tensor
                     placed.add((id(owned), leaf))
-        for copy in self._copies.values():
-            if self.has_scripted and is_scripted(copy):
-                continue
-            for owned in (copy._parameters, copy._buffers):  # what is left out is constant
-                for name, tensor in owned.items():
-                    if tensor is None or (id(owned), name) in placed:
-                        continue
-                    if tensor.requires_grad or tensor.is_inference():
-                        owned[name] = tensor.clone() if tensor.is_inference() else tensor.detach()  # pyright: ignore
-            names = copy.__dict__.get("_flat_weights_names")
-            if names is not None:
-                self._flatten(copy, names)
+        for places in self._ties:
+            own = [prefix is not None and prefix + name in given for prefix, _, name in places]
+            own = [known or (id(owned), name) in placed for known, (_, owned, name) in zip(own, places, strict=True)]
+            if any(own):
+                _, owned, name = places[own.index(True)]
+                for known, (_, other, leaf) in zip(own, places, strict=True):
+                    if not known:
+                        other[leaf] = owned[name]
+        for layer in self._flat:
+            self._flatten(layer)
 
     @staticmethod
-    def _flatten(layer: nn.Module, names: list[str]) -> None:
+    def _flatten(layer: nn.Module) -> None:
         """Recurrent layers keep a flat list of their weights beside `_parameters`."""
+        names: list[str] = layer.__dict__["_flat_weights_names"]
         weights = [getattr(layer, name, None) for name in names]
         layer.__dict__["_flat_weights"] = weights
         if "_flat_weight_refs" in layer.__dict__:
             layer.__dict__["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in weights]
 
-    def _slot(self, name: str, tensor: Tensor) -> tuple[dict[str, Any] | None, str]:
+    def _slot(self, name: str, tensor: Tensor) -> tuple[dict[str, Any], str] | None:
         path, _, leaf = name.rpartition(".")
         copy = self.of(path)
         if copy is not None and is_scripted(copy):
             own = dict(copy.named_parameters()) | dict(copy.named_buffers())
             if leaf in own and own[leaf].data_ptr() == tensor.data_ptr():
-                return None, leaf
+                return None
             raise ValueError(
                 f"`params` sets `{name}` of a scripted module, which can only run on its own parameters. "
                 "Leave the name out, or explain the module before `torch.jit.script`."
