@@ -292,17 +292,25 @@ def test_what_forward_writes_on_its_module_stays_on_the_copy():
             self.linear = nn.Linear(6, 5)
             self.last = None
             self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("seen", torch.zeros(5))
             self.calls: Tensor
+            self.steps: Tensor
+            self.seen: Tensor
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls = self.calls + 1
+            self.steps += 1
+            self.seen.mul_(0.9).add_(0.1)
             self.last = self.linear(x)
             return self.last
 
     model = Remembering().eval()
-    gradient(params_of(model), model, torch.randn(2, 6), 1)
+    params = params_of(model)
+    gradient(params, model, torch.randn(2, 6), 1)
     assert model.last is None
-    assert model.calls == 0
+    assert model.calls == model.steps == params["calls"] == 0
+    assert not model.seen.any()
 
 
 def test_one_call_in_the_callers_training_mode_leaves_statistics_alone():

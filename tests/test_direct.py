@@ -32,6 +32,9 @@ LAYERS: dict[type[nn.Module], tuple[nn.Module, tuple[int, ...]]] = {
     nn.BatchNorm2d: (nn.BatchNorm2d(4), (2, 4, 6, 6)),
     nn.BatchNorm3d: (nn.BatchNorm3d(4, affine=False), (2, 4, 6, 6, 6)),
 }
+for name in nn.modules.padding.__all__:
+    pad = getattr(nn, name)(*(1, 0.5)[: 2 if name.startswith("Constant") else 1])
+    LAYERS[type(pad)] = pad, (2, 4, *[6] * int(name[-2]))
 KINDS = sorted(_DIRECT, key=lambda kind: kind.__name__)
 
 

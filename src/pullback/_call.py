@@ -393,6 +393,7 @@ _SHELLS: dict[int, Shell] = {}
 def _prepare(model: nn.Module) -> int:
     key = id(model)
     _SHELLS[key] = shell = Shell(model)
+    shell.own_buffers(1)  # counters; others may change between calls, and are looked up in each
     for _, layer in shell.layers():  # what wraps a layer's call puts back what it found, so that no guard fails
         if not is_scripted(layer):
             layer.forward = layer.forward

@@ -22,7 +22,8 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _OTHERS = (
     *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LayerNorm, nn.GroupNorm),
-    *(nn.Flatten, nn.Identity),
+    *(getattr(nn, name) for name in nn.modules.padding.__all__),
+    nn.Flatten,
 )
 _DIRECT = frozenset((*_WEIGHTED, *_NORMS, *_OTHERS))
 _TENSORS = frozenset((Tensor, nn.Parameter, type(None)))

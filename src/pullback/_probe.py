@@ -101,14 +101,14 @@ def _on_fake(params: Params, model: nn.Module, x: Any, watch: Callable[[Shell, A
 
 def _hollow(params: Params, model: nn.Module, stand_in: StandIn) -> Shell:
     shell = Shell(model)
-    shell.install(params)
+    shell.place(params)
     made: dict[int, Tensor] = {}
     for _, layer in shell.layers():
         for owned in (layer._parameters, layer._buffers):
             for name, tensor in owned.items():
                 if tensor is not None:
                     owned[name] = made.setdefault(id(tensor), stand_in(tensor))  # pyright: ignore[reportArgumentType]
-    shell.install({})
+    shell.place({})
     return shell
 
 

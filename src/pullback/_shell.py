@@ -2,8 +2,9 @@
 
 `torch.func.functional_call` swaps the module's own tensors while it runs, so two threads with two sets of parameters
 compute nonsense on one module, silently. A shell has the same classes and attributes as the module, but its own dicts
-of submodules, parameters, buffers and hooks, and shares every tensor: parameters are installed in it, taps wrap its
-layers, it is in eval mode, and the module that the caller holds is never touched. It costs some microseconds a layer.
+of submodules, parameters, buffers and hooks, and shares every tensor but small buffers: parameters are installed in it,
+taps wrap its layers, it is in eval mode, and the module that the caller holds is never touched. It costs some
+microseconds a layer.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _SKIPPED = frozenset(
         *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
     )
 )
+STATE = 2**16  # numbers in a buffer, up to which it is copied for a run
 _PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 _set = object.__setattr__  # a module's own looks for parameters and modules first
 _ATOMS = frozenset((bool, int, float, str, type(None), Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size))
@@ -119,6 +121,7 @@ class Shell:
         self._copies: dict[int, nn.Module] = {}
         self._paths: dict[str, nn.Module] = {}
         self._owned: list[tuple[str | None, dict[str, Any]]] = []  # tensors, and what goes before their names
+        self._states: list[dict[str, Any]] = []  # buffers that `forward` may write to
         self._flat: list[nn.Module] = []  # layers that keep a list of their weights
         self._closures: dict[int, types.FunctionType] = {}
         self._holders: list[tuple[nn.Module, nn.Module]] = []  # that may hold modules elsewhere, with their copies
@@ -156,29 +159,29 @@ class Shell:
     # -- copying
 
     def _copy(self, module: nn.Module, path: str | None = None) -> nn.Module:
-        module = unwrapped(module)
-        copy = self._copies.get(id(module))
-        if copy is not None:
-            return copy
-        if is_scripted(module):  # C++ inside: it can only be used as it is
+        plain = type(module).__module__ in _PLAIN_HOMES
+        if not plain:
+            module = unwrapped(module)
+        key, kind = id(module), type(module)
+        if key in self._copies:
+            return self._copies[key]
+        if not plain and is_scripted(module):  # C++ inside: it can only be used as it is
             if any(m.training for m in module.modules()):
                 raise ValueError(
                     "`model` holds a scripted module in training mode, which cannot be switched in a copy. "
                     "Call `model.eval()` first."
                 )
-            self._copies[id(module)] = module
+            self._copies[key] = module
             self.has_scripted = True
             return module
-        kind = type(module)
-        copy = object.__new__(kind)
+        copy = self._copies[key] = object.__new__(kind)
         attributes = module.__dict__.copy()
         _set(copy, "__dict__", attributes)
         attributes["training"] = False
-        self._copies[id(module)] = copy
         if path is not None:
             self._paths[path] = copy
         hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
-        if hooked or kind.__module__ not in _PLAIN_HOMES or "forward" in attributes:
+        if hooked or not plain or "forward" in attributes:
             self._holders.append((module, copy))
         for name in _HOOKS:
             attributes[name] = hooks.copy() if hooked and (hooks := attributes.get(name)) else OrderedDict()
@@ -190,15 +193,11 @@ class Shell:
             attributes["_compiled_call_impl"] = None
         prefix = f"{path}." if path else path
         for owner in ("_parameters", "_buffers"):
-            if attributes[owner]:
-                attributes[owner] = owned = attributes[owner].copy()
+            attributes[owner] = owned = attributes[owner].copy()
+            if owned:
                 self._owned.append((prefix, owned))
-            else:
-                attributes[owner] = {}
-        if attributes["_buffers"] and not isinstance(module, _NormBase):
-            for name, buffer in attributes["_buffers"].items():
-                if buffer is not None and buffer.numel() <= 1:  # a counter that `forward` moves in place
-                    attributes["_buffers"][name] = buffer.clone()
+        if owned and not isinstance(module, _NormBase):  # in eval mode a norm writes to no buffer
+            self._states.append(owned)
         if "_flat_weights_names" in attributes:
             self._flat.append(copy)
         children = module._modules
@@ -295,6 +294,11 @@ class Shell:
     # -- parameters
 
     def install(self, params: Params) -> None:
+        """Make the shell ready to run on the tensors of `params`."""
+        self.place(params)
+        self.own_buffers(STATE)
+
+    def place(self, params: Params) -> None:
         """Put the tensors of `params` in the place of the module's own; a tied weight under all its names."""
         given: dict[str, Tensor] = {}
         for part in params if isinstance(params, tuple) else (params,):
@@ -328,6 +332,14 @@ class Shell:
                         other[leaf] = owned[name]
         for layer in self._flat:
             self._flatten(layer)
+
+    def own_buffers(self, most: int) -> None:
+        """Copy buffers of at most so many numbers: `forward` may write to them, as to a counter or a running mean."""
+        own: dict[int, tuple[Tensor, Tensor]] = {}  # a buffer may be shared
+        for buffers in self._states:
+            for name, buffer in buffers.items():
+                if buffer is not None and buffer.numel() <= most:
+                    buffers[name] = own.setdefault(id(buffer), (buffer, buffer.clone()))[1]
 
     @staticmethod
     def _flatten(layer: nn.Module) -> None:
