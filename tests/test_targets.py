@@ -84,6 +84,20 @@ def test_the_derivative_of_many_explanations():
     torch.testing.assert_close(ours, torch.func.grad(total)(weight, loop))
 
 
+@pytest.mark.parametrize("chunk_size", ["auto", 2, None])
+def test_the_derivative_by_cotangents(chunk_size):
+    model = Headed().double()
+    params = params_of(model)
+    by = torch.randn(6, 2, CLASSES, dtype=torch.float64, requires_grad=True)
+
+    def derivative(explained: Tensor) -> Tensor:
+        return torch.autograd.grad(explained.pow(3).sum(), by)[0]
+
+    loop = derivative(torch.stack([gradient(params, model, X, cotangent) for cotangent in by]))
+    many = over_targets(gradient, chunk_size=chunk_size)(params, model, X, by)
+    torch.testing.assert_close(derivative(many), loop)
+
+
 @pytest.mark.parametrize("count", [5, CLASSES])
 def test_autocast_leaves_the_precision_of_a_loop(count):
     model, x, targets = Headed(), X.float(), torch.arange(count)

@@ -31,14 +31,14 @@ from pullback._targets import (
     check_indices,
     check_range,
     clean,
-    head_input,
     measuring,
     note_forward,
     only_targets,
     readable,
     shared_pull,
+    shortcuts,
 )
-from pullback._torch import compiling, current_level, is_functorch_wrapped_tensor, outside_transforms
+from pullback._torch import bare, compiling, current_level, is_functorch_wrapped_tensor, outside_transforms
 
 Model: TypeAlias = "nn.Module | Callable[[Any, Any], Any]"
 Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
@@ -236,7 +236,7 @@ def _forward(
 ) -> tuple[swapped, Any]:
     x = leaves.rebuild([t.clone() for t in leaves.tensors], lambda v: None if v is None else v.clone())
     mode = swapped(table)
-    mode.measures = measuring()
+    mode.measures, mode.narrow = measuring(leaves.tensors)
     if isinstance(model, nn.Module):
         if table is not None and not compiling() and model not in _writers:
             mode.memo[KEPT] = []
@@ -351,7 +351,7 @@ def _measured(edit: Callable[[Site, int, Tensor], Tensor], mode: swapped) -> Cal
 
     def edited(site: Site, call: int, tensor: Tensor) -> Tensor:
         if call == 0:
-            mode.largest, mode.products = tensor.numel() * tensor.element_size(), 0
+            mode.start_account(tensor)
         return edit(site, call, tensor)
 
     return edited if mode.measures else edit
@@ -482,7 +482,7 @@ def pullback(
 
     def forward(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[()]]:
         y = run(params, model, leaves.rebuild(tensors, lambda v: v), output=output, table=table, strict=strict)
-        return (y, *head_input()), ()
+        return (y, *shortcuts()), ()
 
     tensors = leaves.tensors if given is None else tuple(given)
     outputs, back, _ = linearised(forward, tensors, _is_plain(params, model, leaves, tensors, output))
@@ -533,7 +533,7 @@ def linearised(
         reached = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
         if not reached:  # nothing on the way to the output depends on the primals
             return tuple(torch.zeros_like(p) for p in leaves)
-        keep = torch.is_grad_enabled() and any(c.requires_grad for _, c in reached)
+        keep = torch.is_grad_enabled() and any(bare(c).requires_grad for _, c in reached)
         gradients = torch.autograd.grad(
             [y for y, _ in reached],
             leaves,
@@ -625,7 +625,7 @@ def _pullback_to_seen(
         )
         if len(activations) != len(chosen):
             raise _Surprise
-        return (y, *head_input()), tuple(activations[call] for call in chosen)
+        return (y, *shortcuts()), tuple(activations[call] for call in chosen)
 
     plain = _is_plain(params, model, Leaves(x), (*zeros, *(given or ())), output)
     outputs, back, activations = linearised(forward, zeros, plain)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._torch import compiling, functorch, interpreter_stack, is_functorch_wrapped_tensor
+from pullback._torch import bare, compiling, functorch, interpreter_stack
 
 _DIFFERENTIATES = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
 
@@ -28,18 +28,12 @@ def level() -> int | None:
     return max(_levels(), default=None)
 
 
-def _unwrapped(tensor: Tensor) -> Tensor:
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor
-
-
 def own_elsewhere(ruled: Tensor, input: Tensor, operation: Callable[[], Tensor]) -> Tensor:
     """Give `ruled`, the result of a rule at `input`, with the operation's own derivative at every other level."""
     if compiling():
         return ruled
     levels = _levels()
-    if len(levels) < 2 and not (levels and _unwrapped(input).requires_grad):  # no derivative but one
+    if len(levels) < 2 and not (levels and bare(input).requires_grad):  # no derivative but one
         return ruled
     return _OwnElsewhere.apply(ruled, operation(), max(levels))  # pyright: ignore[reportReturnType]
 

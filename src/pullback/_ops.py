@@ -24,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from pullback import _native
 
+WAISTS = 16  # operations that are looked at for a waist, from the last large one on
+
 Operation = Callable[..., Any]
 Rule = Callable[..., Any]
 
@@ -205,6 +207,13 @@ class swapped(TorchFunctionMode):
         self.largest = 0  # in bytes
         self.products = 0  # of inputs and weights, in linear layers and convolutions
         self.linear: tuple[Tensor, Tensor, Tensor] | None = None  # input, weight and output of the last linear map
+        self.narrow = 0  # in bytes: what counts as small
+        self.beyond = 0  # the largest after the last that was not small
+        self.waists: list[Tensor] = []  # that last one, and the first few after it
+
+    def start_account(self, tensor: Tensor) -> None:
+        """Count what operations put out from here on, beginning with `tensor`."""
+        self.largest, self.products, self.beyond, self.waists = tensor.numel() * tensor.element_size(), 0, 0, []
 
     def tell(self, what: str) -> None:
         self.told.setdefault(what, {})[self.layers[-1] if self.layers else ""] = None
@@ -243,7 +252,14 @@ class swapped(TorchFunctionMode):
 
     def measure(self, func: Operation | None, args: tuple[Any, ...], result: Tensor) -> None:
         """Keep account of what an operation puts out."""
-        self.largest = max(self.largest, result.numel() * result.element_size())
+        size = result.numel() * result.element_size()
+        self.largest = max(self.largest, size)
+        if size > self.narrow:
+            self.waists, self.beyond = [result], 0
+        else:
+            self.beyond = max(self.beyond, size)
+            if len(self.waists) < WAISTS:
+                self.waists.append(result)
         if func in _WEIGHTED and len(args) > 1:
             self.products += result.numel() * (args[1].numel() // args[1].shape[0])
             self.linear = (args[0], args[1], result) if func is F.linear else self.linear

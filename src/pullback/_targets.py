@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import wraps
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pullback._batch import ENLARGED, GRADIENTS, Progress, Together, budget_on, chunks, each, report, rows_together
 from pullback._ops import swapped
-from pullback._torch import compiling, current_level, eye, functorch, is_functorch_wrapped_tensor
+from pullback._torch import bare, compiling, current_level, eye, functorch, is_functorch_wrapped_tensor
 
 Tensors = tuple[Tensor, ...]
 Back = Callable[[Sequence[Tensor | None]], Tensors]
@@ -29,7 +29,17 @@ class Pull(Protocol):
 
 COTANGENTS = 24 * 2**20, 512 * 2**20  # bytes for those of a chunk, on a CPU and elsewhere
 
+FEW = 4  # targets in a chunk: fewer read the weights of late layers too often
+
 LARGE_HEAD = 2**14  # weights, from which it is worth while to go round a head's product
+
+
+class Waist(NamedTuple):
+    """A tensor of a forward that all ways from its output back lead through, and what comes after is small."""
+
+    tensor: Tensor
+    output: Tensor
+    wide: int  # targets that go together from the output to here
 
 
 @dataclass
@@ -42,6 +52,8 @@ class _Many:
     largest: int = 0  # bytes that the largest operation of the forward put out
     clean: bool | None = None  # whether all indices met are known to be classes
     head: tuple[Tensor, Tensor] | None = None  # input and weight of a linear map that gives the output
+    waist: Waist | None = None
+    places: dict[str, int] = field(default_factory=dict)  # of head and waist, among what a forward hands to its pull
     linear: bool = False  # whether what a cotangent is pulled back to is linear in it
     products: int = 0  # of inputs and weights in a forward
 
@@ -64,8 +76,9 @@ def over_targets(
     Args:
         method: Any method ``method(params, model, x, target, **options)``.
         chunk_size: Targets pulled back together, at most; `None` for all of them. ``"auto"`` takes as many as keep to a
-            memory budget for their cotangents, 24 MB on a CPU and 512 MB elsewhere. On a CPU the budget cuts
-            larger chunks too: they would not be faster.
+            memory budget for their cotangents, 24 MB on a CPU and 512 MB elsewhere. On a CPU the budget cuts larger
+            chunks too, which would not be faster; through late layers, whose activations are small and weights many,
+            it lets more targets go together than through early ones.
 
     Returns:
         A function whose `targets` are class indices ``[target]`` or ``[target batch]``, or floating-point cotangents
@@ -159,8 +172,12 @@ def only_targets() -> bool:
     return running is not None and running.level == current_level() == 1
 
 
-def measuring() -> bool:
-    return _running() is not None
+def measuring(tensors: Sequence[Tensor]) -> tuple[bool, int]:
+    """Say whether to keep account of a forward, and how many bytes count as small, by the device of its inputs."""
+    running = _running()
+    if running is None or not tensors:
+        return running is not None, 0
+    return True, budget_on(tensors[0].device, COTANGENTS) // (4 * FEW)
 
 
 def note_forward(mode: swapped, output: Tensor) -> None:
@@ -172,14 +189,62 @@ def note_forward(mode: swapped, output: Tensor) -> None:
         is_head = result is output and readable(weight) and not weight.requires_grad
         running.head = (hidden, weight) if is_head else None
         running.linear, running.products = mode.table is None, mode.products
+        running.waist = _waist(running, mode, output)
 
 
-def head_input() -> tuple[Tensor, ...]:
-    """Give the input of the linear head of the forward that was just run, where pulling from there may be cheaper."""
+def shortcuts() -> tuple[Tensor, ...]:
+    """Give tensors of the forward that was just run at which a pull may start.
+
+    The input of its linear head, where pulling from there may be cheaper, and its waist.
+    """
     running = _running()
-    if running is None or running.head is None or running.head[0].ndim != 2 or running.head[1].numel() < LARGE_HEAD:
+    if running is None:
         return ()
-    return running.head[:1]
+    found: dict[str, Tensor] = {}
+    if running.head is not None and running.head[0].ndim == 2 and running.head[1].numel() >= LARGE_HEAD:
+        found["head"] = running.head[0]
+    if running.waist is not None:
+        found["waist"] = running.waist.tensor
+    running.places = {name: place for place, name in enumerate(found, 1)}
+    return tuple(found.values())
+
+
+def _waist(running: _Many, mode: swapped, output: Tensor) -> Waist | None:
+    """Find where to cut a pull in two: late layers, small and heavy, are cheaper for many targets together."""
+    device, count = output.device, len(running.targets)
+    size = _chunk_size(running, device)
+    most = count if running.chunk_size in ("auto", None) else min(count, running.chunk_size)
+    if size >= min(FEW, most) or not mode.beyond or output.grad_fn is None or is_functorch_wrapped_tensor(output):
+        return None
+    budget, ends = budget_on(device, COTANGENTS), (output, None if running.head is None else running.head[0])
+
+    def wide(tensor: Tensor) -> int:
+        return min(most, budget // (4 * max(mode.beyond, tensor.numel() * tensor.element_size())))
+
+    for tensor in sorted(mode.waists, key=wide, reverse=True):  # the earlier one of two that are as wide
+        hooked = tensor._backward_hooks or tensor.retains_grad  # they would run twice
+        if wide(tensor) < 2 * size:
+            return None
+        if not hooked and not any(tensor is end for end in ends) and _all_pass(output, tensor):
+            return Waist(tensor, output, wide(tensor))
+    return None
+
+
+def _all_pass(output: Tensor, tensor: Tensor) -> bool:
+    """Say whether all ways from `output` back lead through `tensor`."""
+    if tensor.grad_fn is None or tensor.grad_fn is output.grad_fn:
+        return False
+    seen, left, met = {output.grad_fn}, [output.grad_fn], False
+    while left:
+        for node, place in left.pop().next_functions:  # pyright: ignore[reportOptionalMemberAccess]
+            if node is tensor.grad_fn and place == tensor.output_nr:
+                met = True
+            elif node is tensor.grad_fn or type(node).__name__ == "AccumulateGrad":
+                return False
+            elif node is not None and node not in seen:
+                seen.add(node)
+                left.append(node)
+    return met
 
 
 def _combines(running: _Many, width: int, primals: Sequence[Tensor]) -> bool:
@@ -203,9 +268,10 @@ def _rows(weight: Tensor, cotangents: Tensor) -> Tensor | None:
 def shared_pull(back: Back, outputs: Tensors, primals: Sequence[Tensor] = ()) -> Pull:
     """Make the pull of a forward's output; the targets that are run together go in chunks through the one forward.
 
-    `back` takes a cotangent for each of `outputs`: the output and, where it is that of a linear head, the head's input.
-    Where there are more targets than the head is wide and the pull is linear, one for each unit of that input, and a
-    combination of them, serve all targets. `primals` are what it pulls back to.
+    `back` takes a cotangent for each of `outputs`: the output and what `shortcuts` gave. Where there are more targets
+    than the head is wide and the pull is linear, one for each unit of the head's input, and a combination of them,
+    serve all targets. From the output to the waist more targets go together than from there on. `primals` are what it
+    pulls back to.
     """
 
     def pull(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
@@ -215,7 +281,12 @@ def shared_pull(back: Back, outputs: Tensors, primals: Sequence[Tensor] = ()) ->
     running = _running()
     if running is None:
         return pull
-    weight = running.head[1] if len(outputs) > 1 and running.head is not None else None
+    places = running.places if len(outputs) > 1 else {}
+    head = running.head if "head" in places else None
+    waist = running.waist if "waist" in places else None
+
+    def back_from(place: int, cotangent: Tensor) -> Tensors:
+        return back([cotangent if i == place else None for i in range(len(outputs))])
 
     def chunked(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
         level, count = running.level, len(running.targets)
@@ -223,18 +294,41 @@ def shared_pull(back: Back, outputs: Tensors, primals: Sequence[Tensor] = ()) ->
         if not (one_forward and _is_mapped(cotangent, level)) or current_level() != level:
             return pull(cotangent, reduce)
         size = _chunk_size(running, cotangent.device)
-        if size >= count and weight is None:
+        if size >= count and head is None:
             return pull(cotangent, reduce)
         whole = functorch._remove_batch_dim(cotangent, level, count, 0)
-        if weight is not None and _combines(running, weight.shape[1], primals):
-            parts = _combined(back, outputs, weight, whole, size, reduce)
-        elif weight is not None and (rows := _rows(weight, whole)) is not None:
-            parts = _in_chunks(_vectorised(lambda c: _reduced(back((None, c)), reduce)), rows, size)
+        if head is not None and _combines(running, head[1].shape[1], primals):
+            hidden = outputs[places["head"]]
+            parts = _combined(partial(back_from, places["head"]), hidden, head[1], whole, size, reduce)
+        elif head is not None and (rows := _rows(head[1], whole)) is not None:
+            parts = cut(rows, size, head[0], places["head"], lambda gradients, _: _reduced(gradients, reduce))
         else:
-            parts = _in_chunks(_vectorised(lambda c: pull(c, reduce)), whole, size)
+            parts = cut(whole, size, waist and waist.output, 0, lambda gradients, c: _finished(gradients, c, reduce))
         return tuple(functorch._add_batch_dim(part, 0, level) for part in parts)
 
+    def cut(
+        cotangents: Tensor, size: int, start: Tensor | None, place: int, finish: Callable[[Tensors, Tensor], Tensors]
+    ) -> list[Tensor]:
+        """Pull cotangents of `start`, which is at `place` among the outputs, in chunks."""
+        if waist is None or start is None:
+            return _in_chunks(_vectorised(lambda c: finish(back_from(place, c), c)), size, cotangents)
+
+        upward = _vectorised(partial(_between, start, waist.tensor))
+
+        def in_two(some: Tensor) -> Tensors:
+            (halfway,) = upward(some)
+            onward = _vectorised(lambda h, c: finish(back_from(places["waist"], h), c))
+            return tuple(_in_chunks(onward, size, halfway, some))
+
+        return _in_chunks(in_two, waist.wide, cotangents)
+
     return chunked
+
+
+def _between(output: Tensor, tensor: Tensor, cotangent: Tensor) -> Tensors:
+    """Pull a cotangent of `output` back to `tensor`."""
+    keep = torch.is_grad_enabled() and bare(cotangent).requires_grad
+    return torch.autograd.grad([output], [tensor], [cotangent], retain_graph=True, create_graph=keep)
 
 
 def _reduced(gradients: Tensors, reduce: Reduce | None) -> Tensors:
@@ -247,12 +341,16 @@ def _finished(gradients: Tensors, cotangent: Tensor, reduce: Reduce | None) -> T
 
 
 def _combined(
-    back: Back, outputs: Tensors, weight: Tensor, cotangents: Tensor, size: int, reduce: Reduce | None
+    back: Callable[[Tensor], Tensors],
+    hidden: Tensor,
+    weight: Tensor,
+    cotangents: Tensor,
+    size: int,
+    reduce: Reduce | None,
 ) -> list[Tensor]:
     """Pull each unit of the head's input back once: the pull of a cotangent is a combination of these."""
-    hidden = outputs[-1]
     units = eye(weight.shape[1], hidden).unsqueeze(1).expand(-1, *hidden.shape)
-    basis = _in_chunks(_vectorised(lambda unit: back((None, unit))), units, size)
+    basis = _in_chunks(_vectorised(back), size, units)
 
     def combine(chunk: Tensor) -> Tensors:
         with torch.autocast(weight.device.type, enabled=False):  # in the precision of the pulls
@@ -262,7 +360,7 @@ def _combined(
             ]
         return _vectorised(lambda cotangent, *g: _finished(g, cotangent, reduce))(chunk, *gradients)
 
-    return _in_chunks(combine, cotangents, size)
+    return _in_chunks(combine, size, cotangents)
 
 
 def _vectorised(one: Callable[..., Tensors]) -> Callable[..., Tensors]:
@@ -287,13 +385,13 @@ def _poisoned(gradient: Tensor, cotangent: Tensor) -> Tensor:
     return gradient + bad.sum()
 
 
-def _in_chunks(pull: Callable[[Tensor], Tensors], cotangents: Tensor, size: int) -> list[Tensor]:
+def _in_chunks(pull: Callable[..., Tensors], size: int, *stacked: Tensor) -> list[Tensor]:
     """Pull ``[target ...]`` cotangents, `size` at a time, into one result each."""
-    count = len(cotangents)
+    count = len(stacked[0])
     gradients: list[Tensor] = []
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, count, size):
-        part = pull(cotangents[start : start + size])
+        part = pull(*(s[start : start + size] for s in stacked))
         if any(is_functorch_wrapped_tensor(g) or g.requires_grad for g in part):
             parts.append(part)  # somebody differentiates the result: nothing is written in place
             continue

@@ -24,6 +24,13 @@ def eye(size: int, like: Tensor) -> Tensor:
     return torch.ones(size, dtype=like.dtype, device=like.device).diag()
 
 
+def bare(tensor: Tensor) -> Tensor:
+    """Give the tensor within the wrappers of all transforms: a batched one does not tell that it requires grad."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 # torch 2.0 shows the innermost transform alone. The others are reached by taking it off the stack, and put back.
 
 
