@@ -5,7 +5,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pullback import _targets, grad_cam, gradient, guided_backprop, integrated_gradients, lrp, over_targets, params_of
+from pullback import (
+    Layer,
+    _targets,
+    grad_cam,
+    gradient,
+    guided_backprop,
+    integrated_gradients,
+    lrp,
+    over_targets,
+    params_of,
+)
 
 CLASSES = 12
 X = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -125,6 +135,20 @@ def test_no_way_goes_round_a_waist(kind, cuts):
     torch.testing.assert_close(over_targets(gradient)(params, model, X, targets), loop)
     if kind in (Skips, SkipsFromTheInput):
         assert not cuts
+
+
+@pytest.mark.parametrize("layer", ["late", "late.0", "pool", "act"])
+def test_neurons_of_a_layer(layer, cuts):
+    model, output = Narrowing(), Layer(layer)
+    params = params_of(model)
+
+    def both(params, model, x, target):  # the second pull must know nothing of the first one's forward
+        whole = gradient(params, model, x, target)
+        return whole, gradient(params, model, x, target, output=output)
+
+    loop = torch.stack([both(params, model, X, target)[1] for target in range(CLASSES)])
+    many = over_targets(both)(params, model, X, torch.arange(CLASSES))
+    torch.testing.assert_close(many[1], loop)
 
 
 def test_from_the_rows_of_a_head(cuts, monkeypatch):

@@ -216,8 +216,9 @@ def run(
         mode, result = _forward(params, model, leaves, table, sites, edit, seen or {})
     _report(mode, strict)
     if isinstance(output, Layer):
-        return select(_only_call(read, Site.parse(output.name, output.at)), None)
-    y = select(result, output)
+        y = select(_only_call(read, Site.parse(output.name, output.at)), None)
+    else:
+        y = select(result, output)
     note_forward(mode, y)
     return y
 
