@@ -38,7 +38,7 @@ from pullback._targets import (
     shared_pull,
     shortcuts,
 )
-from pullback._torch import bare, compiling, current_level, is_functorch_wrapped_tensor, outside_transforms
+from pullback._torch import compiling, current_level, is_functorch_wrapped_tensor, outside_transforms, pulled_back
 
 Model: TypeAlias = "nn.Module | Callable[[Any, Any], Any]"
 Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
@@ -534,15 +534,7 @@ def linearised(
         reached = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
         if not reached:  # nothing on the way to the output depends on the primals
             return tuple(torch.zeros_like(p) for p in leaves)
-        keep = torch.is_grad_enabled() and any(bare(c).requires_grad for _, c in reached)
-        gradients = torch.autograd.grad(
-            [y for y, _ in reached],
-            leaves,
-            [c for _, c in reached],
-            retain_graph=True,
-            create_graph=keep,
-            allow_unused=True,
-        )
+        gradients = pulled_back([y for y, _ in reached], leaves, [c for _, c in reached])
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, leaves, strict=True))
 
     return tuple(output.detach() for output in outputs), pull, tuple(a.detach() for a in auxiliary)

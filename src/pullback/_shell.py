@@ -45,7 +45,7 @@ _SKIPPED = frozenset(
 )
 STATE = 2**16  # numbers in a buffer, up to which it is copied for a run
 _PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
-_set = object.__setattr__  # a module's own looks for parameters and modules first
+set_plainly = object.__setattr__  # a module's own looks for parameters and modules first
 _ATOMS = frozenset((bool, int, float, str, type(None), Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size))
 
 
@@ -176,7 +176,7 @@ class Shell:
             return module
         copy = self._copies[key] = object.__new__(kind)
         attributes = module.__dict__.copy()
-        _set(copy, "__dict__", attributes)
+        set_plainly(copy, "__dict__", attributes)
         attributes["training"] = False
         if path is not None:
             self._paths[path] = copy

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pullback._shell import Shell, is_scripted, nearest
+from pullback._shell import Shell, is_scripted, nearest, set_plainly
 
 _SPEC = re.compile(r"^(?P<name>[^:#]*)(?::(?P<part>[^#]+))?(?:#(?P<call>\d+))?$")
 
@@ -181,9 +181,6 @@ class attach:
         return put(original.copy_(edited))
 
 
-_set = object.__setattr__  # a module's own looks for parameters and modules first
-
-
 def around(
     layer: nn.Module, site: Site, before: Callable[..., Any], after: Callable[..., Any] | None
 ) -> Callable[[], None]:
@@ -201,9 +198,9 @@ def around(
         return result if after is None else after(site, args, result)
 
     def undo() -> None:
-        _set(layer, "forward", call)
+        set_plainly(layer, "forward", call)
 
-    _set(layer, "forward", forward)
+    set_plainly(layer, "forward", forward)
     return undo
 
 

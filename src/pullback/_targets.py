@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pullback._batch import ENLARGED, GRADIENTS, Progress, Together, budget_on, chunks, each, report, rows_together
 from pullback._ops import swapped
-from pullback._torch import bare, compiling, current_level, eye, functorch, is_functorch_wrapped_tensor
+from pullback._torch import compiling, current_level, eye, functorch, is_functorch_wrapped_tensor, pulled_back
 
 Tensors = tuple[Tensor, ...]
 Back = Callable[[Sequence[Tensor | None]], Tensors]
@@ -274,9 +274,11 @@ def shared_pull(back: Back, outputs: Tensors, primals: Sequence[Tensor] = ()) ->
     pulls back to.
     """
 
+    def back_from(place: int, cotangent: Tensor) -> Tensors:
+        return back([cotangent if i == place else None for i in range(len(outputs))])
+
     def pull(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
-        gradients = back((cotangent, *[None] * len(outputs[1:])))
-        return _finished(gradients, cotangent, reduce)
+        return _finished(back_from(0, cotangent), cotangent, reduce)
 
     running = _running()
     if running is None:
@@ -284,9 +286,6 @@ def shared_pull(back: Back, outputs: Tensors, primals: Sequence[Tensor] = ()) ->
     places = running.places if len(outputs) > 1 else {}
     head = running.head if "head" in places else None
     waist = running.waist if "waist" in places else None
-
-    def back_from(place: int, cotangent: Tensor) -> Tensors:
-        return back([cotangent if i == place else None for i in range(len(outputs))])
 
     def chunked(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
         level, count = running.level, len(running.targets)
@@ -327,8 +326,9 @@ def shared_pull(back: Back, outputs: Tensors, primals: Sequence[Tensor] = ()) ->
 
 def _between(output: Tensor, tensor: Tensor, cotangent: Tensor) -> Tensors:
     """Pull a cotangent of `output` back to `tensor`."""
-    keep = torch.is_grad_enabled() and bare(cotangent).requires_grad
-    return torch.autograd.grad([output], [tensor], [cotangent], retain_graph=True, create_graph=keep)
+    (gradient,) = pulled_back([output], [tensor], [cotangent])
+    assert gradient is not None
+    return (gradient,)
 
 
 def _reduced(gradients: Tensors, reduce: Reduce | None) -> Tensors:

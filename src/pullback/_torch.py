@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,14 @@ def bare(tensor: Tensor) -> Tensor:
     while is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
+
+
+def pulled_back(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Call `torch.autograd.grad` and keep the graph, with one of the call itself where a cotangent requires grad."""
+    keep = torch.is_grad_enabled() and any(bare(cotangent).requires_grad for cotangent in cotangents)
+    return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, create_graph=keep, allow_unused=True)
 
 
 # torch 2.0 shows the innermost transform alone. The others are reached by taking it off the stack, and put back.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pullback._cover import wide
 from pullback._native import compiling
-from pullback._targets import functorch
+from pullback._torch import bare
 
 
 def filled_in(images: Tensor, gone: Tensor, *, tolerance: float = 1e-4, iterations: int = 50) -> Tensor:
@@ -49,7 +49,7 @@ def filled_in(images: Tensor, gone: Tensor, *, tolerance: float = 1e-4, iteratio
     slope, enough = _dot(residual, nearer), tolerance**2 * _dot(right, right)
     for _ in range(iterations):
         going = _dot(residual, residual) > enough
-        if not compiling() and not bool(_unwrapped(going).any()):
+        if not compiling() and not bool(bare(going).any()):
             break
         image = _missed(direction, open, weights[0])
         step = torch.where(going, slope / torch.where(going, _dot(direction, image), 1), 0)
@@ -85,10 +85,3 @@ def _cycle(residual: Tensor, grids: list[Tensor], weights: list[Tensor]) -> Tens
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((1, 2, 3), keepdim=True)
-
-
-def _unwrapped(tensor: Tensor) -> Tensor:
-    """Give the values of all examples, where a transform shows one."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor
