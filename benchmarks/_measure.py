@@ -283,7 +283,7 @@ def network(name: str, device: str) -> tuple[nn.Module, int]:
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
         size = 32
     else:
-        from pullback._networks import import_torchvision, load
+        from pullback._networks.models import import_torchvision, load
 
         if name == "lite0":
             loaded = load("efficientnet-lite0", None, torch.device(device))

@@ -55,7 +55,7 @@ class Peer(NamedTuple):
 
 def found(module: str) -> Any:
     """Import a peer, or go without."""
-    from pullback._networks import import_torchvision
+    from pullback._networks.models import import_torchvision
 
     try:
         import_torchvision()  # several ask for it

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import pullback
 from pullback import Layer, maps, params_of
-from pullback._networks import import_torchvision
-from pullback.paths import quadrature_of
+from pullback._networks.models import import_torchvision
+from pullback.attribution.paths._quadrature import quadrature_of
 
 T = 1  # the class explained
 

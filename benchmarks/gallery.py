@@ -22,7 +22,9 @@ from torch.func import functional_call
 
 import pullback
 from pullback import Layer, maps, params_of
-from pullback._networks import load, needed, prepare, read
+from pullback._networks.messages import needed
+from pullback._networks.models import load
+from pullback._networks.photographs import prepare, read
 
 Method = Callable[..., Any]
 

@@ -30,7 +30,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from pullback import gradient, metrics, params_of
-from pullback._random import uniform
+from pullback._torch.random import uniform
 
 Run = Callable[[], Any]
 
@@ -91,7 +91,7 @@ def randomisation(model: nn.Module, x: Tensor, samples: int, modern: bool) -> di
 
 
 def found_quantus() -> Any:
-    from pullback._networks import import_torchvision
+    from pullback._networks.models import import_torchvision
 
     try:
         import_torchvision()

@@ -41,7 +41,7 @@ Run = Callable[[], Any]
 
 def found(module: str) -> Any:
     """Import a peer, or go without."""
-    from pullback._networks import import_torchvision
+    from pullback._networks.models import import_torchvision
 
     try:
         import_torchvision()  # TorchRay asks for it

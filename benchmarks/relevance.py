@@ -17,7 +17,7 @@ from _measure import agree, arguments, finish, milliseconds, network, ratio, sec
 from torch import Tensor
 
 from pullback import deep_lift, excitation_backprop, lrp, params_of
-from pullback._networks import import_torchvision
+from pullback._networks.models import import_torchvision
 
 COMPOSITES = {"epsilon_plus": "EpsilonPlus", "epsilon_alpha2_beta1": "EpsilonAlpha2Beta1"}
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 import pullback
 from pullback import Layer, maps, params_of
-from pullback.paths import quadrature_of
+from pullback.attribution.paths._quadrature import quadrature_of
 
 DATA = Path(__file__).parent / "data" / "captum.json.xz"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "int64", "int32", "bool")}

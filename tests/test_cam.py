@@ -33,7 +33,7 @@ from pullback import (
     ss_cam,
     xgrad_cam,
 )
-from pullback._random import normal
+from pullback._torch.random import normal
 
 METHODS = {"grad_cam": (grad_cam, slow.grad_cam), "linear_approx": (linear_approx, slow.linear_approx)}
 SPATIAL = [

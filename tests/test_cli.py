@@ -14,7 +14,8 @@ from torch import nn
 
 import pullback
 from pullback import cli
-from pullback._networks import Problem, load
+from pullback._networks.messages import Problem
+from pullback._networks.models import load
 from pullback.cli import _asked
 
 skimage = pytest.importorskip("skimage")

@@ -11,7 +11,9 @@ from compat import load
 from torch import nn
 
 import pullback
-from pullback import PullbackWarning, extremal, perturbations
+from pullback import PullbackWarning
+from pullback.attribution.perturbation.extremal import extremal_perturbation
+from pullback.attribution.perturbation.rise import rise
 from pullback.compat.torchray.attribution.common import Probe, get_module, saliency
 from pullback.compat.torchray.attribution.excitation_backprop import (
     EltwiseSum,
@@ -37,7 +39,7 @@ from pullback.compat.torchray.attribution.extremal_perturbation import (
     simple_reward,
 )
 from pullback.compat.torchray.attribution.rise import rise, rise_class
-from pullback.masks import grid_masks
+from pullback.masks._grids import grid_masks
 
 # -- excitation backprop
 
@@ -301,7 +303,7 @@ def test_rise_is_the_pure_function_with_other_masks(vgg):
     model, x = vgg
     a = rise(model, x, num_masks=600, p=0.5)[:, 3]
     options = {"samples": 600, "squash": "sigmoid", "normalise": False}
-    b = perturbations.rise(pullback.params_of(model), model, x, 3, **options)[:, 0]
+    b = rise(pullback.params_of(model), model, x, 3, **options)[:, 0]
     assert torch.allclose(a.mean(), b.mean(), rtol=0.05)
 
 
@@ -387,7 +389,7 @@ def test_extremal_perturbation():
     assert model.training  # as it was
     for target in (torch.tensor(2), torch.tensor([2]), [2]):
         assert torch.equal(extremal_perturbation(model, x, target, **options)[0], masks)
-    pure, info = extremal.extremal_perturbation(
+    pure, info = extremal_perturbation(
         pullback.params_of(model),
         model,
         x,

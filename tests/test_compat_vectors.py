@@ -5,7 +5,8 @@ import torch
 from compat import NETWORKS, all_cases, assert_equal, load, module_of
 
 import pullback
-from pullback import extremal, maps
+from pullback import maps
+from pullback.attribution.perturbation.extremal import extremal_perturbation
 
 
 @pytest.mark.parametrize(("name", "number"), all_cases())
@@ -56,7 +57,7 @@ def _pure(case, params, model, x):
         names |= {"variant": "variant", "perturbation": "perturbation"}
         same = {names[k]: v for k, v in options.items() if k in names}
         reward = "contrastive" if "reward_func" in options else "simple"
-        return extremal.extremal_perturbation(params, model, x[:1], target, reward=reward, **same)[:, 0]
+        return extremal_perturbation(params, model, x[:1], target, reward=reward, **same)[:, 0]
     else:
         return None
     return maps.resize(map, x.shape[2:]) if size is True else map

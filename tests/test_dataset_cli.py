@@ -15,7 +15,7 @@ from pullback import cli, maps
 
 zarr = pytest.importorskip("zarr")
 
-from pullback.dataset import open_store, read  # noqa: E402
+from pullback.dataset import open_store, read
 
 TOYS = """
 import torch
@@ -70,8 +70,9 @@ def test_a_folder_is_explained_shown_and_judged(capsys, folder):
     assert store["labels"][:].tolist() == [0, 0, 2, 2, 3]
     import toys  # type: ignore[import-not-found]
 
-    from pullback._networks import Preprocessing, prepare
-    from pullback._networks import read as photograph
+    from pullback._networks.models import Preprocessing
+    from pullback._networks.photographs import prepare
+    from pullback._networks.photographs import read as photograph
 
     preprocessing = Preprocessing(size=(16, 16))
     x = prepare(photograph(folder / "photos/2/d.png", preprocessing), preprocessing, torch.device("cpu"))

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pullback import grad_cam, gradient, over_targets, params_of
-from pullback._call import run
-from pullback._direct import _DIRECT, _NORMS
-from pullback._native import FORMS
-from pullback._ops import swapped
+from pullback._core.forward import run
+from pullback._ops.bypass import _DIRECT, _NORMS
+from pullback._ops.dispatch import swapped
+from pullback._ops.replacements import FORMS
 
 # an input of each layer that runs directly
 LAYERS: dict[type[nn.Module], tuple[nn.Module, tuple[int, ...]]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pullback import extremal_perturbation, meaningful_perturbation, over_targets, params_of
-from pullback.extremal import optimised_masks
+from pullback.attribution.perturbation._optimise import optimised_masks
 
 DATA = Path(__file__).parent / "data" / "torchray"
 SMALL = {"iterations": 4, "step": 3, "sigma": 4.0, "levels": 4, "max_blur": 3.0}

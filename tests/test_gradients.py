@@ -10,15 +10,7 @@ import torch
 from cases import BY_NAME, CASES, Case
 from torch.utils import _pytree as pytree
 
-from pullback import (
-    deconvnet,
-    gradient,
-    guided_backprop,
-    input_x_gradient,
-    params_of,
-    saliency,
-    smooth_grad,
-)
+from pullback import deconvnet, gradient, guided_backprop, input_x_gradient, params_of, saliency, smooth_grad
 from pullback.maps import channel_sum
 
 FLOATING = [case for case in CASES if not case.integer]

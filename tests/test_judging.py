@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 import pullback
-from pullback import PullbackWarning, benchmark, metrics
-from pullback._networks import Preprocessing, Problem
-from pullback.benchmark import Entry, Example, annotations, examples, methods, runner
-from pullback.benchmark import __main__ as command
-from pullback.benchmark.annotations import segment, voc_label
+from pullback import PullbackWarning, metrics
+from pullback._networks.messages import Problem
+from pullback._networks.models import Preprocessing
+from pullback.evaluation import Entry, Example, annotations, examples, methods, runner
+from pullback.evaluation import __main__ as command
+from pullback.evaluation.annotations import segment, voc_label
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 import pullback
 from pullback import over_targets, params_of
-from pullback._torch import LSTM_IS_ONE_PIECE
+from pullback._torch.internals import LSTM_IS_ONE_PIECE
 
 # The first `jvp` in a process makes torch warn of a module of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

@@ -5,18 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from pullback import (
-    _batch,
-    _cover,
-    _targets,
-    extremal_perturbation,
-    integrated_gradients,
-    over_targets,
-    params_of,
-    perturbations,
-    rise,
-    smooth_grad,
-)
+from pullback import _cover, extremal_perturbation, integrated_gradients, over_targets, params_of, rise, smooth_grad
+from pullback._core.batching import ENLARGED, FORWARDS, MOST, rows_together
 
 STRIDES: list[tuple[int, ...]] = []  # of what the convolutions of `Net` gave, forward by forward
 
@@ -120,10 +110,10 @@ def test_targets_and_optimised_masks_on_the_layout(monkeypatch):
 
 def test_as_many_rows_as_the_budget_holds():
     cpu = torch.device("cpu")
-    assert _batch.rows_together(_batch.FORWARDS[0] // 4, cpu) == 4
-    assert _batch.rows_together(10 * _batch.FORWARDS[0], cpu) == 1
-    assert _batch.rows_together(1, cpu) == _batch.MOST
-    assert _batch.rows_together(2**20, torch.device("cuda"), (0, 2**23)) == 8
+    assert rows_together(FORWARDS[0] // 4, cpu) == 4
+    assert rows_together(10 * FORWARDS[0], cpu) == 1
+    assert rows_together(1, cpu) == MOST
+    assert rows_together(2**20, torch.device("cuda"), (0, 2**23)) == 8
 
 
 @pytest.mark.parametrize("method", [integrated_gradients, smooth_grad])
@@ -140,7 +130,7 @@ def test_points_go_together_as_the_budget_holds_unless_asked_otherwise(method, m
     whole, at_once = run(chunk_size=None)
     assert at_once == [20]
     assert run()[1] == [20]  # this small, all of them
-    monkeypatch.setattr(_targets, "GRADIENTS", (4 * _batch.ENLARGED * x.numel() * x.element_size(), 0))
+    monkeypatch.setattr(_targets, "GRADIENTS", (4 * ENLARGED * x.numel() * x.element_size(), 0))
     parts, in_parts = run()
     assert in_parts == [8, 8, 4]
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)

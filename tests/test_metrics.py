@@ -70,7 +70,7 @@ def test_nothing_to_point_at_and_nothing_that_points():
 
 
 def torchray_game():
-    from pullback._networks import import_torchvision
+    from pullback._networks.models import import_torchvision
 
     pytest.importorskip("torchvision")
     import_torchvision()

@@ -118,7 +118,7 @@ def test_irof():
 
 def test_irof_finds_superpixels():
     pytest.importorskip("skimage")
-    from pullback.masks import superpixels
+    from pullback.masks._grids import superpixels
 
     params, model, x, map = scene()
     expected = metrics.irof(params, model, x, TARGET, map, segments=superpixels(x))
@@ -141,7 +141,7 @@ def test_road(least_first):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (8, 8), (13, 9), (17, 32)])
 def test_filling_in(height, width):
-    from pullback.metrics._filling import filled_in
+    from pullback.metrics._inpainting import filled_in
 
     images = torch.rand(6, 2, height, width, dtype=torch.float64)
     gone = torch.rand(6, 1, height, width) < torch.linspace(0, 1, 6).reshape(6, 1, 1, 1)

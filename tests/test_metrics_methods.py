@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from pullback import gradient, guided_backprop, input_x_gradient, metrics, over_targets, params_of
-from pullback._random import normal, uniform
+from pullback._torch.random import normal, uniform
 
 TARGET = torch.tensor([2, 0, 1])
 ROBUSTNESS = [metrics.max_sensitivity, metrics.average_sensitivity, metrics.local_lipschitz]

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pullback import _networks
-from pullback._networks import Preprocessing, Problem, class_names, find_device, load, prepare, read
+from pullback._networks.messages import Problem
+from pullback._networks.models import Preprocessing, class_names, find_device, load
+from pullback._networks.photographs import FORMATS, prepare, read
 
 CPU = torch.device("cpu")
 PLAIN = Preprocessing(size=(6, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -334,4 +335,4 @@ def test_names_from_a_file(tmp_path):
 
 def test_every_format_is_known_to_pillow_or_left_out():
     Image.init()
-    assert {"PNG", "JPEG", "GIF", "BMP", "TIFF"} <= _networks.FORMATS & set(Image.OPEN)
+    assert {"PNG", "JPEG", "GIF", "BMP", "TIFF"} <= FORMATS & set(Image.OPEN)

@@ -10,7 +10,7 @@ from torch import vmap
 
 import pullback
 from pullback import grad_cam, gradient, input_x_gradient, params_of, saliency, smooth_grad
-from pullback._random import normal, uniform
+from pullback._torch.random import normal, uniform
 
 CASE = BY_NAME["residual"]
 

@@ -26,7 +26,7 @@ from pullback import (
     params_of,
     smooth_grad,
 )
-from pullback._random import normal, uniform
+from pullback._torch.random import normal, uniform
 
 FLOATING = [case for case in CASES if not case.integer]
 SMOOTH = [case for case in FLOATING if case.smooth]

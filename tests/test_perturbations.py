@@ -26,7 +26,7 @@ from pullback import (
     similar_detections,
     sobol_attribution,
 )
-from pullback._random import uniform
+from pullback._torch.random import uniform
 
 CLASSES = 4
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pullback import gradient, metrics, params_of
-from pullback._random import normal, uniform
+from pullback._torch.random import normal, uniform
 
 quantus = pytest.importorskip("quantus")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Quantus warns of what its parameters do
@@ -105,7 +105,7 @@ def test_irof(monkeypatch):
 
 
 def test_filling_in():
-    from pullback.metrics._filling import filled_in
+    from pullback.metrics._inpainting import filled_in
 
     image, gone = torch.rand(3, 9, 11, dtype=torch.float64), torch.rand(9, 11) < 0.6
     indices = gone.flatten().nonzero().squeeze(1).numpy()

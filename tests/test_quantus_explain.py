@@ -9,7 +9,7 @@ from torch import nn
 
 import pullback
 from pullback import metrics
-from pullback.benchmark import quantus_explain
+from pullback.evaluation import quantus_explain
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

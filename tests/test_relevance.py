@@ -27,8 +27,8 @@ from pullback import (
     params_of,
     rules,
 )
-from pullback._call import score
-from pullback.relevance import relevance_flow
+from pullback._core.targets import score
+from pullback.attribution.relevance.lrp import relevance_flow
 
 # ---- excitation backprop ------------------------------------------------------------------------------------------
 

@@ -5,18 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pullback import (
-    Layer,
-    _targets,
-    grad_cam,
-    gradient,
-    guided_backprop,
-    integrated_gradients,
-    lrp,
-    over_targets,
-    params_of,
-)
-from pullback._torch import bare
+from pullback import Layer, grad_cam, gradient, guided_backprop, integrated_gradients, lrp, over_targets, params_of
+from pullback._core.many.pulls import _between, _vectorised
+from pullback._torch.internals import bare
 
 CLASSES = 12
 X = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -92,7 +83,7 @@ def _small(monkeypatch):
 def cuts(monkeypatch):
     """Tell the waist of each part of a pull."""
     met: list[Tensor] = []
-    between = _targets._between
+    between = _between
 
     def noted(output: Tensor, tensor: Tensor, cotangent: Tensor):
         met.append(tensor)
@@ -187,7 +178,7 @@ def test_the_derivative_by_cotangents(cuts):
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, None])
 def test_a_chunk_is_no_larger_than_was_asked(chunk_size, cuts, monkeypatch):
     sizes = []
-    vectorised = _targets._vectorised
+    vectorised = _vectorised
 
     def noted(one):
         many = vectorised(one)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import pullback
-from pullback._networks import Problem, say, told_as
+from pullback._networks.messages import Problem, say, told_as
 from pullback.cli._asked import chosen_methods as chosen_methods
 from pullback.cli._asked import is_required, method_options, public_methods, set_up, version
 from pullback.cli._dataset import metrics, run, show

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import pullback
-from pullback._networks import Network, Problem, find_device, load, told_as, unknown
+from pullback._networks.messages import Problem, told_as, unknown
+from pullback._networks.models import Network, find_device, load
 
 # -- network -----------------------------------------------------------------------------------------------------------
 

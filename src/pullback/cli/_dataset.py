@@ -24,21 +24,9 @@ from torch.utils.data import Dataset
 
 import pullback
 from pullback import maps
-from pullback._networks import (
-    FORMATS,
-    Network,
-    Preprocessing,
-    Problem,
-    class_names,
-    find_device,
-    load,
-    needed,
-    prepare,
-    read,
-    say,
-    told_as,
-    unknown,
-)
+from pullback._networks.messages import Problem, needed, say, told_as, unknown
+from pullback._networks.models import Network, Preprocessing, class_names, find_device, load
+from pullback._networks.photographs import FORMATS, prepare, read
 from pullback.cli import _asked
 from pullback.cli._asked import chosen_classes, chosen_methods, public_methods, set_up, settle_layers
 from pullback.cli._explain import PEAK_OVER_CHANNELS, drawn, progress_bar, write_together

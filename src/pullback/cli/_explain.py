@@ -22,7 +22,9 @@ from torch import Tensor
 
 import pullback
 from pullback import maps
-from pullback._networks import Network, Problem, class_names, needed, prepare, read, told_as
+from pullback._networks.messages import Problem, needed, told_as
+from pullback._networks.models import Network, class_names
+from pullback._networks.photographs import prepare, read
 from pullback.cli import _asked
 from pullback.cli._asked import chosen_classes, chosen_methods, public_methods, set_up, settle_layers, version
 

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pullback._call import Model, Params, params_of
+from pullback._call import Params
+from pullback._core.modules import params_of
+from pullback._core.types import Model
 
 
 def described(value: Any) -> Any:

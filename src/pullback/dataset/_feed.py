@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from pullback._call import Inputs
+from pullback._core.types import Inputs
 
 Unpack: TypeAlias = "Callable[[Any], tuple[Any, int | None, str | None]]"
 LABELS, IDS = ("label", "labels", "cls"), ("__key__", "id")

@@ -17,31 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from pullback._call import Model, Params, Select, params_of
-from pullback._memory import keep_memory
-from pullback.dataset._compute import (
-    DTYPES,
-    REDUCTIONS,
-    RESERVED,
-    Method,
-    Recipe,
-    Reduce,
-    Targets,
-    explained,
-)
+from pullback._call import Params
+from pullback._core.modules import params_of
+from pullback._core.types import Model, Select
+from pullback._torch.heap import keep_memory
+from pullback.dataset._compute import DTYPES, REDUCTIONS, RESERVED, Method, Recipe, Reduce, Targets, explained
 from pullback.dataset._described import described, described_method, described_model, digest
 from pullback.dataset._feed import Batch, End, Share, Unpack, batches, is_sized, known_ids, told, unpacked
-from pullback.dataset._store import (
-    DONE,
-    FAILED,
-    FORMAT,
-    Store,
-    check_writable,
-    exists,
-    open_store,
-    surroundings,
-    zarr,
-)
+from pullback.dataset._store import DONE, FAILED, FORMAT, Store, check_writable, exists, open_store, surroundings, zarr
 
 Progress = Callable[[int, "int | None"], Any]
 HOPELESS = 64  # examples that could be read and not be explained, before any that could: the call is wrong

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pullback._call import PullbackWarning
+from pullback._core.types import PullbackWarning
 from pullback.dataset._described import differences
 
 FORMAT = 1

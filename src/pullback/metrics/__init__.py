@@ -18,19 +18,11 @@ device of what they are given, and under `vmap` over maps and seeds. Metrics wit
     ['iou_at_area']
 """
 
-from pullback.metrics._table import METRICS as METRICS
-from pullback.metrics._table import Metric as Metric
-from pullback.metrics.faithfulness import average_drop as average_drop
-from pullback.metrics.faithfulness import average_increase as average_increase
-from pullback.metrics.faithfulness import completeness as completeness
-from pullback.metrics.faithfulness import deletion as deletion
-from pullback.metrics.faithfulness import infidelity as infidelity
-from pullback.metrics.faithfulness import insertion as insertion
-from pullback.metrics.faithfulness import irof as irof
-from pullback.metrics.faithfulness import road as road
-from pullback.metrics.information import accuracy_information as accuracy_information
-from pullback.metrics.information import residual_entropy as residual_entropy
-from pullback.metrics.information import softmax_information as softmax_information
+from pullback.metrics._registry import METRICS as METRICS
+from pullback.metrics._registry import Metric as Metric
+from pullback.metrics.information_curves import accuracy_information as accuracy_information
+from pullback.metrics.information_curves import residual_entropy as residual_entropy
+from pullback.metrics.information_curves import softmax_information as softmax_information
 from pullback.metrics.localisation import energy_pointing_game as energy_pointing_game
 from pullback.metrics.localisation import iou_at_area as iou_at_area
 from pullback.metrics.localisation import peak as peak
@@ -39,13 +31,21 @@ from pullback.metrics.localisation import pointing_hits as pointing_hits
 from pullback.metrics.localisation import relevance_mass as relevance_mass
 from pullback.metrics.localisation import relevance_rank as relevance_rank
 from pullback.metrics.localisation import top_k_intersection as top_k_intersection
+from pullback.metrics.masking import average_drop as average_drop
+from pullback.metrics.masking import average_increase as average_increase
+from pullback.metrics.pixel_removal import deletion as deletion
+from pullback.metrics.pixel_removal import insertion as insertion
+from pullback.metrics.pixel_removal import irof as irof
+from pullback.metrics.pixel_removal import road as road
+from pullback.metrics.prediction import completeness as completeness
+from pullback.metrics.prediction import infidelity as infidelity
 from pullback.metrics.randomisation import parameter_randomisation as parameter_randomisation
 from pullback.metrics.randomisation import random_logit as random_logit
 from pullback.metrics.robustness import average_sensitivity as average_sensitivity
 from pullback.metrics.robustness import local_lipschitz as local_lipschitz
 from pullback.metrics.robustness import max_sensitivity as max_sensitivity
-from pullback.metrics.simplicity import complexity as complexity
-from pullback.metrics.simplicity import sparseness as sparseness
+from pullback.metrics.sparsity import complexity as complexity
+from pullback.metrics.sparsity import sparseness as sparseness
 
 __all__ = [
     "METRICS",

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pullback._cover import wide
-from pullback.metrics._order import pixels, ranks, voided
+from pullback._core.batching import wide
+from pullback.metrics._ranks import pixels, ranks, voided
 
 
 def peak(map: Tensor) -> Tensor:

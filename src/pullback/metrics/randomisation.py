@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pullback._batch import Progress, chunks, report
-from pullback._call import Inputs, Leaves, Model, Params, Select, Target, params_of, public, run
-from pullback._cover import wide
-from pullback._random import Seed, uniform
-from pullback._shell import named_layers
-from pullback._targets import over_targets
+from pullback._call import Params
+from pullback._core.batching import Progress, chunks, report, wide
+from pullback._core.entry import public
+from pullback._core.forward import run
+from pullback._core.inputs import Leaves
+from pullback._core.many.over_targets import over_targets
+from pullback._core.modules import named_layers, params_of
+from pullback._core.types import Inputs, Model, Select, Target
+from pullback._torch.random import Seed, uniform
 
 Method = Callable[..., Any]
 Draw = Callable[[str, Tensor, Tensor], Tensor]

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pullback._batch import chunks, each, folded, repeated, unfolded
-from pullback._call import Inputs, Leaves, Model, Params, Target, public
-from pullback._cover import wide
-from pullback._random import Seed, normal, uniform
+from pullback._call import Params
+from pullback._core.batching import chunks, wide
+from pullback._core.entry import public
+from pullback._core.inputs import Leaves, each, folded, repeated, unfolded
+from pullback._core.types import Inputs, Model, Target
+from pullback._torch.random import Seed, normal, uniform
 
 Method = Callable[..., Any]
 

@@ -40,10 +40,16 @@ import torch
 from torch import Tensor, nn
 
 from pullback import maps
-from pullback._call import PullbackWarning, activations_at, cotangent, params_of, public, pullback
-from pullback._ops import Operation, Rule, Table, activations, swapped
-from pullback._shell import Shell, nearest, unwrapped
-from pullback._taps import Site, attach
+from pullback._core.entry import public
+from pullback._core.layers import Site, attach
+from pullback._core.module_copy import Shell
+from pullback._core.modules import nearest, params_of, unwrapped
+from pullback._core.shapes import activations_at
+from pullback._core.targets import cotangent
+from pullback._core.types import PullbackWarning
+from pullback._core.vjp import pullback
+from pullback._ops.dispatch import Rule, Table, swapped
+from pullback._ops.spellings import Operation, activations
 from pullback.compat.torchray._arguments import ArgumentError
 
 __all__ = [

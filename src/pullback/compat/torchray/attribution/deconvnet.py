@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback import relu
-from pullback._ops import Table
+from pullback._ops.dispatch import Table
 from pullback.compat.torchray._arguments import ArgumentError
 from pullback.compat.torchray.attribution.common import ReLUContext, relu_table, saliency
+from pullback.rules._rectifiers import _Rectifier, variant
 
 __all__ = ["DeConvNetContext", "DeConvNetReLU", "deconvnet"]
 
-_RULE = relu.variant("deconvnet")
+_RULE = variant("deconvnet")
 
 
-class DeConvNetReLU(relu._Rectifier):
+class DeConvNetReLU(_Rectifier):
     """ReLU whose backward clamps what comes back at 0. Call it by `apply`."""
 
     @classmethod

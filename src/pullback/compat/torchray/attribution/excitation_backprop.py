@@ -26,12 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from pullback import maps, relu, rules
-from pullback._call import params_of, public, pullback, tell
-from pullback._ops import Operation, Table, operation_of
-from pullback._relevance import LINEAR, LinearMap, LinearRule, Remembering, Share, is_constant, linear_map, still
-from pullback._shell import named_layers, unwrapped
-from pullback._taps import Layer
+from pullback import maps, rules
+from pullback._core.entry import public, tell
+from pullback._core.layers import Layer
+from pullback._core.modules import named_layers, params_of, unwrapped
+from pullback._core.vjp import pullback
+from pullback._ops.constants import Remembering, is_constant
+from pullback._ops.dispatch import Table
+from pullback._ops.reading import LINEAR, LinearMap, linear_map
+from pullback._ops.spellings import Operation, operation_of
 from pullback.compat.torchray._arguments import ArgumentError
 from pullback.compat.torchray.attribution.common import (
     RuleContext,
@@ -42,6 +45,9 @@ from pullback.compat.torchray.attribution.common import (
     resize_saliency,
     saliency,
 )
+from pullback.rules._coordinates import still
+from pullback.rules._linear import LinearRule, Share
+from pullback.rules._rectifiers import RECTIFIERS
 
 __all__ = [
     "contrastive_excitation_backprop",
@@ -222,7 +228,7 @@ def _table(negated: str | None = None) -> Table:
         table,
         rules={**table.rules, **linear, eltwise_sum: _share_sum, add: Remembering(_told_sum)},
         by_layer=by_layer,
-        tell=table.tell - set(relu.RECTIFIERS) | {add},  # rectifiers keep their derivative, as ReLU does
+        tell=table.tell - set(RECTIFIERS) | {add},  # rectifiers keep their derivative, as ReLU does
         name="The rules of ExcitationBackpropContext",
     )
 

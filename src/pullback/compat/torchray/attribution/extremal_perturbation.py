@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from pullback import masks as drawn
-from pullback._call import params_of, public, run
-from pullback._relevance import still
+from pullback._core.entry import public
+from pullback._core.forward import run
+from pullback._core.modules import params_of
+from pullback.attribution.perturbation._optimise import optimised_masks
 from pullback.compat.torchray._arguments import ArgumentError
 from pullback.compat.torchray.attribution.common import resize_saliency
 from pullback.compat.torchray.utils import imsmooth
-from pullback.extremal import optimised_masks
+from pullback.rules._coordinates import still
 
 __all__ = [
     "BLUR_PERTURBATION",

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback import relu
-from pullback._ops import Table
+from pullback._ops.dispatch import Table
 from pullback.compat.torchray._arguments import ArgumentError
 from pullback.compat.torchray.attribution.common import ReLUContext, relu_table, saliency
+from pullback.rules._rectifiers import _Rectifier, variant
 
 __all__ = ["GuidedBackpropContext", "GuidedBackpropReLU", "guided_backprop"]
 
-_RULE = relu.variant("guided_torchray")
+_RULE = variant("guided_torchray")
 
 
-class GuidedBackpropReLU(relu._Rectifier):
+class GuidedBackpropReLU(_Rectifier):
     """ReLU whose backward clamps what comes back at 0 and drops it where the input is negative. Call it by `apply`."""
 
     @classmethod

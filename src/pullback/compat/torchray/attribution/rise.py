@@ -21,11 +21,14 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from pullback._batch import chunks, folded, unfolded
-from pullback._call import params_of, public, run
+from pullback._core.batching import chunks
+from pullback._core.entry import public
+from pullback._core.forward import run
+from pullback._core.inputs import folded, unfolded
+from pullback._core.modules import params_of
 from pullback.compat.torchray._arguments import ArgumentError
 from pullback.compat.torchray.attribution.common import resize_saliency
-from pullback.masks import grid_masks
+from pullback.masks._grids import grid_masks
 
 __all__ = ["rise", "rise_class"]
 

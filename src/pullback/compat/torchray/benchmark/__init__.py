@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pullback import _networks
-from pullback.compat.torchray.benchmark.datasets import *  # noqa: F403
-from pullback.compat.torchray.benchmark.models import *  # noqa: F403
+from pullback._networks.messages import needed
+from pullback._networks.models import Preprocessing, load
+from pullback._networks.photographs import prepare, read
+from pullback.compat.torchray.benchmark.datasets import *
+from pullback.compat.torchray.benchmark.models import *
 from pullback.compat.torchray.benchmark.models import _torchvision_network
 from pullback.compat.torchray.utils import imsc
 
@@ -35,15 +37,15 @@ def get_example_data(arch: str | None = None, shape: int | tuple[int, int] = 224
         Model in eval mode, input ``[1 3 height width]``, and two class indices.
     """
     if arch is None:
-        network = _networks.load("efficientnet-lite0", None, torch.device("cpu"))
+        network = load("efficientnet-lite0", None, torch.device("cpu"))
     else:
         network = _torchvision_network(arch)
     size = (shape, shape) if isinstance(shape, int) else tuple(shape)
     kept = network.preprocessing
-    preprocessing = _networks.Preprocessing((size[0], size[1]), kept.mean, kept.std, 1.0, kept.interpolation)
-    (skimage,) = _networks.needed("demo", "skimage")
-    pixels = _networks.read(Path(skimage.data_dir) / "chelsea.png", preprocessing)
-    return network.model, _networks.prepare(pixels, preprocessing, torch.device("cpu")), _CAT, _TABBY
+    preprocessing = Preprocessing((size[0], size[1]), kept.mean, kept.std, 1.0, kept.interpolation)
+    (skimage,) = needed("demo", "skimage")
+    pixels = read(Path(skimage.data_dir) / "chelsea.png", preprocessing)
+    return network.model, prepare(pixels, preprocessing, torch.device("cpu")), _CAT, _TABBY
 
 
 def plot_example(

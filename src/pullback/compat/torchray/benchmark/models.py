@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pullback import _networks
-from pullback._call import PullbackWarning
+from pullback._core.types import PullbackWarning
+from pullback._networks.models import IMAGENET_MEAN, IMAGENET_STD, Network, _torchvision, import_torchvision
 from pullback.compat.torchray._arguments import ArgumentError
 from pullback.compat.torchray.benchmark.datasets import COCO_CLASSES, IMAGENET_CLASSES, VOC_CLASSES
 from pullback.compat.torchray.utils import pil_to_tensor
@@ -37,13 +37,13 @@ def _kind(dataset: str) -> str:
     raise ArgumentError(f"`dataset` must be one of {', '.join(_CLASSES)}, got {dataset!r}.")
 
 
-def _torchvision_network(arch: str) -> _networks.Network:
+def _torchvision_network(arch: str) -> Network:
     """Give torchvision's network of that name, with weights where torch has kept them."""
-    network = _networks._torchvision(arch)
-    models = _networks.import_torchvision().models
+    network = _torchvision(arch)
+    models = import_torchvision().models
     file = next((os.path.basename(w.url) for w in models.get_model_weights(arch)), f"{arch}.pth")
     _load(network.model, file)
-    return _networks.Network(network.model.eval(), network.name, file, network.preprocessing)
+    return Network(network.model.eval(), network.name, file, network.preprocessing)
 
 
 def _load(model: nn.Module, name: str) -> None:
@@ -84,7 +84,7 @@ def get_model(arch: str = "vgg16", dataset: str = "voc", convert_to_fully_convol
     if kind == "imagenet":
         model = _torchvision_network(arch).model
     else:
-        model = _networks._torchvision(arch).model
+        model = _torchvision(arch).model
         linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise ArgumentError(f"`arch` must end in a linear layer to be fitted to {dataset!r}, got {arch!r}.")
@@ -151,5 +151,5 @@ def get_transform(dataset: str = "imagenet", size: int | Sequence[int] | None = 
             anti-aliasing.
     """
     if _kind(dataset) == "imagenet":
-        return _Transform(size, 1.0, _networks.IMAGENET_MEAN, _networks.IMAGENET_STD)
+        return _Transform(size, 1.0, IMAGENET_MEAN, IMAGENET_STD)
     return _Transform(size, 255.0, _CAFFE_MEAN, (1.0, 1.0, 1.0))

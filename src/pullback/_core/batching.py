@@ -1,0 +1,61 @@
+"""Evaluate several copies of a batch together: fold copies into the batch axis, a chunk of them at a time.
+
+On a CPU a larger batch saves little, and one whose largest activation exceeds some tens of megabytes costs more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeAlias
+
+import torch
+
+from pullback._torch.heap import FEW, hold_a_little, keep_memory
+from pullback._torch.internals import compiling
+
+Together: TypeAlias = "int | Literal['auto'] | None"  # how much goes together: None for all
+Progress: TypeAlias = "Callable[[int, int], object] | None"
+
+# bytes of the largest activation of the rows that go together, on a CPU and elsewhere: in forwards alone, and where a
+# graph keeps all activations
+FORWARDS, GRADIENTS = (20 * 2**20, 512 * 2**20), (40 * 2**20, 128 * 2**20)
+ENLARGED = 8  # the largest activation of a network over its input, where it is not measured
+MOST = 1024  # rows that go together, however small
+
+
+def budget_on(device: torch.device, budgets: tuple[int, int]) -> int:
+    """Choose between a number of bytes for a CPU and one for elsewhere."""
+    return budgets[0 if device.type == "cpu" else 1]
+
+
+def rows_together(bytes_per_row: int, device: torch.device, budgets: tuple[int, int] = FORWARDS) -> int:
+    """Give how many rows run fastest together, by the largest activation of a row."""
+    if device.type == "cpu" and not compiling():
+        hold_a_little()
+    return max(1, min(MOST, budget_on(device, budgets) // max(1, bytes_per_row)))
+
+
+def chunks(count: int, size: Together) -> Iterator[range]:
+    """Cut ``range(count)`` into ranges of at most `size`; memory is kept from one to the next."""
+    if isinstance(size, str):
+        raise ValueError(f"`chunk_size` must be a number, 'auto' or None, got {size!r}.")
+    if size is not None and size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {size}.")
+    size = size or count
+    parts = (range(start, min(start + size, count)) for start in range(0, count, size))
+    if size >= count or compiling():
+        yield from parts
+        return
+    with keep_memory(FEW):
+        yield from parts
+
+
+def report(progress: Progress, done: int, total: int) -> None:
+    """Tell the caller's function how far it is, after each chunk or iteration."""
+    if progress is not None and not compiling():
+        progress(done, total)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Give the type that masks and sums are computed in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,80 @@
+"""Many forwards with constant parameters on a CPU: weights laid out channels last, and how many rows go together.
+
+oneDNN runs convolutions faster on tensors that are laid out channels last, and it is the weights that decide: what a
+convolution with such weights puts out, and all that follows, is laid out so. A model may depend on strides (``view``
+where ``reshape`` would do). So it is tried on two rows, and keeps its own layout unless it gives the same.
+
+The same forward tells the size of the largest activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from pullback._core.modules import Params, is_scripted, named_layers
+from pullback._torch.internals import compiling, readable
+
+WORTH = 48  # forwards that are worth a trial
+
+
+def constant(*tensors: Tensor) -> bool:
+    """Say whether no transform, derivative or trace from outside looks at the tensors."""
+    if compiling() or forward_ad._current_level >= 0:
+        return False
+    return all(readable(t) and not (t.requires_grad and torch.is_grad_enabled()) for t in tensors)
+
+
+def channels_last(params: Params, model: nn.Module) -> Params | None:
+    """Give `params` with the weights of 2-d convolutions laid out channels last, or `None` where there are none."""
+    given: dict[str, Tensor] = {}
+    for part in params if isinstance(params, tuple) else (params,):
+        given.update(part)
+    laid: dict[str, Tensor] = {}
+    for name, layer in named_layers(model):
+        if not isinstance(layer, nn.Conv2d) or is_scripted(layer):
+            continue
+        key = f"{name}.weight" if name else "weight"
+        weight = given.get(key, layer._parameters.get("weight"))
+        if weight is not None and weight.ndim == 4 and weight.device.type == "cpu" and weight.is_floating_point():
+            laid[key] = weight.detach().contiguous(memory_format=torch.channels_last)
+    if not laid or not constant(*given.values()):
+        return None
+    return {**given, **laid}
+
+
+class _Sizes(TorchFunctionMode):
+    """Note the largest tensor, in bytes, that an operation gives."""
+
+    largest = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel() * result.element_size())
+        return result
+
+
+def tried(params: Params, model: nn.Module, forward: Callable[[Params], Tensor]) -> tuple[Params, int]:
+    """Give the parameters in the layout to go on with, and the bytes of the largest activation of a forward.
+
+    Costs that forward and another one, or nothing, and 0 bytes, where there is no layout to try.
+    """
+    laid = channels_last(params, model)
+    if laid is None:
+        return params, 0
+    with torch.no_grad():
+        with _Sizes() as sizes:
+            own = forward(params)
+        try:
+            other = forward(laid)
+        except Exception:  # whatever a model does not take it keeps its own layout for
+            return params, sizes.largest
+    close = 1e-4 if own.dtype in (torch.float32, torch.float64) else 3e-2
+    alike = own.shape == other.shape and bool((own - other).abs().max() <= close * own.abs().max().clamp(min=1e-6))
+    return (laid if alike else params), sizes.largest

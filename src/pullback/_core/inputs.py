@@ -1,0 +1,106 @@
+"""Evaluate several copies of a batch together: fold copies into the batch axis, a chunk of them at a time.
+
+On a CPU a larger batch saves little, and one whose largest activation exceeds some tens of megabytes costs more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pullback._core.types import Inputs
+
+
+def each(function: Callable[..., Any], *trees: Any) -> Any:
+    """Apply a function to the tensors of one or several equal structures (tensor, tuple, dict; `None` stays)."""
+    first = trees[0]
+    if isinstance(first, Mapping):
+        return {key: each(function, *(tree[key] for tree in trees)) for key in first}
+    if isinstance(first, tuple | list):
+        return tuple(each(function, *parts) for parts in zip(*trees, strict=True))
+    return None if first is None else function(*trees)
+
+
+def folded(copies: Tensor) -> Tensor:
+    """Fold ``[copy batch ...]`` into ``[(copy batch) ...]``."""
+    return copies.flatten(0, 1)
+
+
+def unfolded(values: Tensor, copies: int) -> Tensor:
+    """Lay ``[(copy batch) ...]`` out as ``[copy batch ...]``."""
+    return values.unflatten(0, (copies, values.shape[0] // copies))
+
+
+def repeated(value: Any, copies: int, batch: int) -> Any:
+    """Repeat what has one entry per example (a target, an integer input) for each copy; leave the rest."""
+    if isinstance(value, list | tuple) and len(value) == batch:
+        return list(value) * copies
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value) if hasattr(value, "__array__") else value
+        except (TypeError, ValueError):
+            return value
+    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
+        return value.repeat(copies, *[1] * (value.ndim - 1))
+    return value
+
+
+# -- inputs
+
+
+class Leaves:
+    """The floating-point tensors of `x`, apart from the rest, and the way back to the structure of `x`."""
+
+    def __init__(self, x: Inputs) -> None:
+        self.x = x
+        if isinstance(x, Tensor):
+            items: list[tuple[Any, Any]] = [(None, x)]
+        elif isinstance(x, Mapping):
+            items = list(x.items())
+        elif isinstance(x, tuple):
+            items = list(enumerate(x))
+        else:
+            raise TypeError(
+                f"`x` must be a tensor, a tuple of tensors or a dict of tensors, got {type(x).__name__}."
+                + (" Make it a tuple." if isinstance(x, list) else "")
+            )
+        for key, value in items:
+            if value is not None and not isinstance(value, Tensor):
+                where = "" if key is None else f" at {key!r}"
+                raise TypeError(f"`x` must hold tensors, got {type(value).__name__}{where}.")
+        self.items = items
+        self.floating = [k for k, v in items if v is not None and (v.is_floating_point() or v.is_complex())]
+
+    @property
+    def batch(self) -> int:
+        """The number of examples: the length of the first axis of the first tensor."""
+        return next(v.shape[0] for _, v in self.items if v is not None)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(v for k, v in self.items if k in self.floating)
+
+    def rebuild(self, tensors: Sequence[Tensor], others: Callable[[Any], Any]) -> Any:
+        """Put `tensors` in the places of the floating-point ones, and `others(value)` in the rest."""
+        if isinstance(self.x, Tensor):
+            return tensors[0] if self.floating else others(self.x)
+        new = dict(zip(self.floating, tensors, strict=True))
+        values = {k: new[k] if k in new else others(v) for k, v in self.items}
+        return tuple(values.values()) if isinstance(self.x, tuple) else values
+
+
+def picked(value: Any, indices: Tensor, batch: int) -> Any:
+    """Take examples of what has one entry per example (a target, a tensor of `x`); leave the rest."""
+    whole = repeated(value, 1, batch)
+    if isinstance(whole, list) and len(whole) == batch:
+        return [whole[i] for i in indices.tolist()]
+    if isinstance(whole, Tensor) and whole.ndim > 0 and whole.shape[0] == batch:
+        return whole.index_select(0, indices)
+    return value
+
+
+def picked_inputs(x: Inputs, indices: Tensor, batch: int) -> Any:
+    return each(lambda v: picked(v, indices, batch), x)

@@ -1,0 +1,273 @@
+"""What flows through a layer, or through one neuron of it, along a path from a baseline to the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from pullback._call import Params
+from pullback._core.batching import Progress, Together
+from pullback._core.entry import public
+from pullback._core.forward import activations
+from pullback._core.inputs import Leaves, folded, repeated, unfolded
+from pullback._core.targets import cotangent
+from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.vjp import pullback
+from pullback._torch.levels import jvp
+from pullback.attribution.paths._along import Course, needs_floating, starts_of
+from pullback.attribution.paths._quadrature import (
+    Path,
+    Point,
+    Quadrature,
+    Tensors,
+    integral,
+    on_path,
+    quadrature_of,
+    straight,
+)
+from pullback.rules._table import Rules, table_of
+
+
+@public
+def internal_influence(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    layer: str,
+    at: str = "output",
+    baseline: Any = None,
+    steps: int = 50,
+    quadrature: Quadrature = "gauss_legendre",
+    path: Path = straight,
+    chunk_size: Together = "auto",
+    progress: Progress = None,
+    rules: Rules = None,
+    output: Select = None,
+    strict: bool = False,
+) -> Any:
+    r"""Average the gradient at a layer along the path of inputs from a baseline.
+
+    .. math:: a = \int_0^1 \frac{\partial f}{\partial y}\big(b + \alpha (x - b)\big) \, d\alpha
+
+    Costs `steps` gradients.
+
+    Args:
+        params, model, x, target, layer, at, rules, output, strict: See `gradient`.
+        baseline, steps, quadrature, path, chunk_size, progress: See `integrated_gradients`; the mean over several
+            baselines.
+
+    Returns:
+        Shaped like the layer's activation, signed, in units of the score per unit of activation.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        >>> params, x = params_of(model), torch.randn(5, 3)
+        >>> a = internal_influence(params, model, x, 1, layer="0")
+        >>> torch.allclose(a, model[1].weight[1].expand(5, 4), atol=1e-6)  # linear above: the same gradient everywhere
+        True
+
+    Reference:
+        Leino et al., Influence-Directed Explanations for Deep Convolutional Networks, 2018, def. 1.
+    """
+    tour = _Tour(params, model, x, target, output, table_of(rules), strict, layer, at)
+
+    def term(points: Tensors, velocities: Tensors) -> Tensors:
+        return tour.layer_slopes(points)
+
+    along = _along(x, baseline, steps, quadrature, path)
+    return tour.result(integral(term, *along, chunk_size, Leaves(x).tensors, progress))
+
+
+@public
+def conductance(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    layer: str,
+    at: str = "output",
+    baseline: Any = None,
+    steps: int = 50,
+    quadrature: Quadrature = "gauss_legendre",
+    path: Path = straight,
+    chunk_size: Together = "auto",
+    progress: Progress = None,
+    rules: Rules = None,
+    output: Select = None,
+    strict: bool = False,
+) -> Any:
+    r"""Give each neuron of a layer the share of the integrated gradients that flows through it.
+
+    .. math:: a_j = \int_0^1 \frac{\partial f}{\partial y_j} \, \frac{d y_j}{d \alpha} \, d\alpha
+              = \sum_i (x_i - b_i) \int_0^1 \frac{\partial f}{\partial y_j} \frac{\partial y_j}{\partial x_i} \, d\alpha
+
+    Adds up to the difference in score between `x` and `baseline` over any layer that all of the score flows through, up
+    to the error of the sum. The activation's derivative along the path is exact, by `torch.func.jvp`; other libraries
+    take differences of activations between points. Costs `steps` gradients and as many forwards with tangents.
+
+    Args:
+        params, model, x, target, layer, at, rules, output, strict: See `gradient`.
+        baseline, steps, quadrature, path, chunk_size, progress: See `integrated_gradients`; the mean over several
+            baselines.
+
+    Returns:
+        Shaped like the layer's activation, signed, in units of the score.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> params, x = params_of(model), torch.randn(5, 3)
+        >>> a = conductance(params, model, x, 1, layer="1")
+        >>> torch.allclose(a.sum(1), (model(x) - model(0 * x))[:, 1], atol=1e-5)
+        True
+
+    References:
+        Dhamdhere, Sundararajan & Yan, How Important Is a Neuron?, 2019, eq. 3. Shrikumar, Su & Kundaje, Computationally
+        Efficient Measures of Internal Neuron Importance, 2018 (the first form).
+    """
+    tour = _Tour(params, model, x, target, output, table_of(rules), strict, layer, at)
+
+    def term(points: Tensors, velocities: Tensors) -> Tensors:
+        speeds = tour.speeds(points, velocities)
+        return [s * g for s, g in zip(speeds, tour.layer_slopes(points), strict=True)]
+
+    along = _along(x, baseline, steps, quadrature, path)
+    return tour.result(integral(term, *along, chunk_size, Leaves(x).tensors, progress))
+
+
+@public
+def neuron_conductance(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    layer: str,
+    neuron: tuple[int, ...] | Tensor,
+    at: str = "output",
+    baseline: Any = None,
+    steps: int = 50,
+    quadrature: Quadrature = "gauss_legendre",
+    path: Path = straight,
+    chunk_size: Together = "auto",
+    progress: Progress = None,
+    rules: Rules = None,
+    output: Select = None,
+    strict: bool = False,
+) -> Any:
+    r"""Share one neuron's conductance out over the input.
+
+    .. math:: a_i = (x_i - b_i) \int_0^1 \frac{\partial f}{\partial y_j} \frac{\partial y_j}{\partial x_i} \, d\alpha
+
+    Adds up to the neuron's entry of `conductance`, exactly point by point; over all neurons to integrated gradients.
+    Costs `steps` gradients and as many again from the layer down.
+
+    Args:
+        params, model, x, target, layer, at, rules, output, strict: See `gradient`.
+        neuron: Place in the activation of one example, such as (channel, row, column); or weights that broadcast to the
+            activation, for several neurons at once and for `vmap` over neurons.
+        baseline, steps, quadrature, path, chunk_size, progress: See `integrated_gradients`; the mean over several
+            baselines.
+
+    Returns:
+        Attribution, shaped like `x`, signed, in units of the score.
+
+    Raises:
+        ValueError: If `neuron` is no place in the activation, or the layer is called several times.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> params, x = params_of(model), torch.randn(5, 3)
+        >>> a = neuron_conductance(params, model, x, 1, layer="1", neuron=(2,))
+        >>> torch.allclose(a.sum(1), conductance(params, model, x, 1, layer="1")[:, 2], atol=1e-6)
+        True
+
+    Reference:
+        Dhamdhere, Sundararajan & Yan, How Important Is a Neuron?, 2019, eq. 2.
+    """
+    tour = _Tour(params, model, x, target, output, table_of(rules), strict, layer, at)
+
+    def term(points: Tensors, velocities: Tensors) -> Tensors:
+        slopes = [folded(g) for g in tour.layer_slopes(points)]
+        if len(slopes) > 1:
+            raise ValueError(
+                f"`layer` names `{layer}`, called {len(slopes)} times: choose a call, such as `{layer}#0`."
+            )
+        chosen = slopes[0] * _weights_of(neuron, slopes[0])
+        pull = vjp(lambda *tensors: tour.activations(tensors)[0], *map(folded, points))[1]
+        down = [unfolded(g, len(points[0])) for g in pull(chosen)]
+        return [v * g for v, g in zip(velocities, down, strict=True)]
+
+    along = _along(x, baseline, steps, quadrature, path)
+    attributions = integral(term, *along, chunk_size, Leaves(x).tensors, progress)
+    return Leaves(x).rebuild(attributions, lambda v: None)
+
+
+def _weights_of(neuron: tuple[int, ...] | Tensor, activation: Tensor) -> Tensor:
+    if isinstance(neuron, Tensor):
+        return neuron.to(activation)
+    shape = activation.shape[1:]
+    fits = len(neuron) == len(shape) and all(0 <= i < n for i, n in zip(neuron, shape, strict=True))
+    if not fits:
+        raise ValueError(f"`neuron` must be a place in an activation {list(shape)}, got {tuple(neuron)}.")
+    hot = torch.zeros(shape, dtype=activation.dtype, device=activation.device)
+    hot[neuron] = 1
+    return hot
+
+
+class _Tour(Course):
+    """A course whose points are inputs, and whose gradients are taken at a layer."""
+
+    def inputs(self, tensors: Tensors) -> tuple[Any, int]:
+        leaves = Leaves(self.x)
+        count = len(tensors[0]) // leaves.batch
+        return leaves.rebuild(tensors, lambda v: repeated(v, count, leaves.batch)), count
+
+    def activations(self, tensors: Tensors) -> tuple[Tensor, ...]:
+        """Give the layer's activations at inputs ``[(point batch) ...]``."""
+        return activations(self.params, self.model, self.inputs(tensors)[0], self.layer, self.at)
+
+    def layer_slopes(self, points: Tensors) -> list[Tensor]:
+        """Give the gradients at the layer, ``[point batch ...]``, for inputs ``[point batch ...]``."""
+        x, count = self.inputs([folded(p) for p in points])
+        where = {"layer": self.layer, "at": self.at, "output": self.output, "table": self.table, "strict": self.strict}
+        pulled = pullback(self.params, self.model, x, **where)
+        slopes = pulled.pull(cotangent(pulled.output, repeated(self.target, count, Leaves(self.x).batch)))
+        return [unfolded(g, count) for g in slopes]
+
+    def speeds(self, points: Tensors, velocities: Tensors) -> list[Tensor]:
+        """Give the derivative of the layer's activations as the input moves."""
+        primals, tangents = (tuple(folded(t) for t in tensors) for tensors in (points, velocities))
+        speeds = _pushed(lambda *tensors: self.activations(tensors), primals, tangents)
+        return [unfolded(s, len(points[0])) for s in speeds]
+
+
+def _pushed(
+    function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Push tangents forward; where torch cannot (an LSTM on a CPU in float32), as the transpose of the pull."""
+    try:
+        return jvp(function, primals, tangents)[1]
+    except NotImplementedError:
+        outputs, pull = vjp(function, *primals)  # pyright: ignore[reportAssignmentType]
+        zeros = tuple(torch.zeros_like(output) for output in outputs)
+        return vjp(lambda *cotangents: pull(cotangents), *zeros)[1](tangents)  # pyright: ignore[reportReturnType]
+
+
+def _along(x: Inputs, baseline: Any, steps: int, quadrature: str, path: Path) -> tuple[Any, list[float]]:
+    """Give the points of the paths from the baselines to `x`, and their weights."""
+    nodes, weights = quadrature_of(quadrature, steps)
+    end = Leaves(x).tensors
+    needs_floating(x)
+    starts = [Leaves(start).tensors for start in starts_of(x, baseline)]
+
+    def point(k: int) -> Point:
+        return on_path(path, starts[k // steps], end, nodes[k % steps])
+
+    return point, [w / len(starts) for w in weights] * len(starts)

@@ -1,0 +1,194 @@
+"""Relevance: the score, or a probability, shared out backwards from layer to layer.
+
+The rules that do so are in `pullback.rules`. They catch operations, so they are right on any architecture without
+preparation: skips, in-place additions, concatenation, shared layers, attention.
+
+Layer-wise relevance propagation is covered by patents in some places: before you use it in a product, check.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pullback._call import Params
+from pullback._core.batching import Progress, report
+from pullback._core.entry import public
+from pullback._core.forward import run
+from pullback._core.inputs import Leaves, each
+from pullback._core.layers import Site
+from pullback._core.targets import cotangent
+from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.vjp import pullback
+from pullback.rules._secants import Tape, paired, recording
+
+# -- DeepLIFT
+
+
+@public
+def deep_lift(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    baseline: Any = None,
+    layer: str = "",
+    at: str = "output",
+    output: Select = None,
+    strict: bool = False,
+) -> Any:
+    r"""Share out the difference in score between the input and a baseline, by the rescale rule.
+
+    .. math:: C_i = m_i \, (x_i - b_i), \quad m = \frac{f(x) - f(b)}{x - b} \text{ at each nonlinearity}
+
+    The model runs on `baseline`, then on `x`; each nonlinearity, wherever it is called, pairs its two inputs and hands
+    the secant back in place of the derivative. Products take the mean of the other factor, softmax and norms are
+    made of elementwise steps and products, maximum pooling shares its difference between the two maxima: so
+    attributions add up to the difference in score, skips, reuse and attention included. Costs 1 gradient and 1 forward.
+
+    The reveal-cancel rule of sec. 3.5.3 is not offered. It gives each nonlinearity two multipliers, for the positive
+    and for the negative part of the difference that enters, and defines these parts for an affine function alone, by
+    the terms of its sum. After a skip, pooling, a product or a norm there are no such terms, or others for every way of
+    writing the same function, so it would be the rescale rule in one half of a network and not in the other.
+
+    What selects by values of the input other than those operations (`torch.where` with a condition that differs between
+    `x` and `baseline`, indexing by a sort of one's own) is taken as selected at `x`, and what has no derivative
+    (`sign`, `round`, `detach`) for a constant.
+
+    Args:
+        params, model, x, target, layer, at, output: See `gradient`. A function as `target` must be linear.
+        baseline: With the structure of `x`, broadcast to it. Zeros if omitted; for integer inputs it must be given.
+        strict: Raise where a nonlinear operation has no pair of inputs to take the secant of, instead of warning.
+
+    Returns:
+        Attribution, signed, shaped like `x` or the activation, in units of the score.
+
+    Raises:
+        ValueError: If `baseline` does not broadcast to `x`, or the model takes another path on it.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2))
+        >>> params, x = params_of(model), torch.randn(5, 3)
+        >>> a = deep_lift(params, model, x, target=0)
+        >>> torch.allclose(a.sum(1), model(x)[:, 0] - model(0 * x)[:, 0], atol=1e-5)
+        True
+
+    Reference:
+        Shrikumar, Greenside & Kundaje, Learning Important Features Through Propagating Activation Differences, 2017,
+        sec. 3.5.1.
+    """
+    leaves = Leaves(x)
+    start = _start(leaves, baseline)
+    tape: Tape = []
+    before = _recorded(params, model, start, Site.parse(layer, at), output, tape)
+    table = paired(tape)
+    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table, strict=strict)
+    multipliers = pulled.pull(cotangent(pulled.output, target))
+    parts = zip(pulled.activations, before, multipliers, strict=True)
+    return pulled.rebuild([(a - b) * m for a, b, m in parts])
+
+
+def _recorded(
+    params: Params, model: Model, x: Inputs, site: Site, output: Select, tape: Tape
+) -> tuple[Tensor, ...]:
+    """Run the model, keep what goes into its nonlinear operations, and give the activations of a layer."""
+    read: list[Tensor] = []
+
+    def edit(at: Site, call: int, tensor: Tensor) -> Tensor:
+        if site.call in (None, call):
+            read.append(tensor.clone())
+        return torch.ops.aten.clone.default(tensor)  # new to the rules, as what the second run adds to is
+
+    sites = (site,) if site.name else ()
+    run(params, model, x, output=output, table=recording(tape), sites=sites, edit=edit if site.name else None)
+    return tuple(read) if site.name else Leaves(x).tensors
+
+
+def _start(leaves: Leaves, baseline: Any) -> Any:
+    """Give the baseline with the structure and the size of `x`; integer members that it has not are those of `x`."""
+    if baseline is None:
+        if not leaves.floating:
+            raise ValueError("`baseline` must be given where `x` holds no floating-point tensor: other tokens, say.")
+        return leaves.rebuild([torch.zeros_like(t) for t in leaves.tensors], lambda v: v)
+    if isinstance(leaves.x, Tensor):
+        given = {None: baseline}
+    elif isinstance(baseline, dict):
+        given = baseline
+    else:
+        given = dict(enumerate(baseline))
+    starts: dict[Any, Any] = {}
+    for key, value in leaves.items:
+        start = given.get(key)
+        if value is None or (start is None and key not in leaves.floating):
+            starts[key] = value
+            continue
+        start = torch.as_tensor(0 if start is None else start, dtype=value.dtype, device=value.device)
+        try:
+            starts[key] = start.expand_as(value)
+        except RuntimeError:
+            raise ValueError(
+                f"`baseline` must broadcast to `x`, {list(value.shape)}, got {list(start.shape)}."
+            ) from None
+    if isinstance(leaves.x, Tensor):
+        return starts[None]
+    return tuple(starts.values()) if isinstance(leaves.x, tuple) else starts
+
+
+@public
+def deep_lift_shap(
+    params: Params,
+    model: Model,
+    x: Inputs,
+    target: Target,
+    *,
+    baselines: Any,
+    layer: str = "",
+    at: str = "output",
+    progress: Progress = None,
+    output: Select = None,
+    strict: bool = False,
+) -> Any:
+    r"""Average DeepLIFT over baselines: an estimate of Shapley values of the inputs.
+
+    .. math:: a = \frac{1}{K} \sum_{k=1}^K C(x, b_k)
+
+    Attributions add up to the score less the mean score of the baselines. Costs a gradient and a forward a baseline.
+
+    Args:
+        params, model, x, target, layer, at, output, strict: See `deep_lift`.
+        baselines: With the structure of `x`: ``[sample ...]``, each of which is compared with every example.
+        progress: Called with (baselines done, baselines in all).
+
+    Returns:
+        Attribution, signed, shaped like `x` or the activation, in units of the score.
+
+    Raises:
+        ValueError: If there are no baselines, or they do not broadcast to `x`.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> params, x, others = params_of(model), torch.randn(5, 3), torch.randn(7, 3)
+        >>> a = deep_lift_shap(params, model, x, target=0, baselines=others)
+        >>> torch.allclose(a.sum(1), model(x)[:, 0] - model(others)[:, 0].mean(), atol=1e-5)
+        True
+
+    Reference:
+        Lundberg & Lee, A Unified Approach to Interpreting Model Predictions, 2017, sec. 4.2.
+    """
+    members = [b for _, b in Leaves(baselines).items if b is not None]
+    counts = {len(b) for b in members}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"`baselines` must hold the same number of samples, at least 1, got {sorted(counts)}.")
+    options = {"layer": layer, "at": at, "output": output, "strict": strict}
+    total: Any = None
+    for k in range(len(members[0])):
+        one = each(lambda b: b[k], baselines)  # noqa: B023
+        attribution = deep_lift(params, model, x, target, baseline=one, **options)
+        total = attribution if total is None else each(torch.add, total, attribution)
+        report(progress, k + 1, len(members[0]))
+    return each(lambda a: a / len(members[0]), total)
