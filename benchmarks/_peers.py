@@ -22,7 +22,7 @@ from pullback import maps
 METHODS = ("gradient", "guided_backprop", "input_x_gradient", "integrated_gradients", "grad_cam")
 STEPS = 8  # points on a path
 
-Seen = Callable[[Tensor], Tensor]
+LayerShape = Callable[[Tensor], Tensor]
 
 
 def suits(method: str, name: str) -> bool:
@@ -49,7 +49,7 @@ class Peer(NamedTuple):
     one: Callable[[int], Tensor]
     many: Callable[[Tensor], Tensor] | None = None
     shared: str = "batch"
-    seen: Seen = lambda ours: ours
+    seen: LayerShape = lambda ours: ours
     remark: str = ""
 
 

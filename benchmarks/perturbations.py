@@ -33,7 +33,7 @@ from _measure import (
 from torch import Tensor
 
 from pullback import extremal_perturbation, feature_ablation, occlusion, over_targets, params_of, rise
-from pullback import masks as drawn
+from pullback.masks import cells
 
 AREAS = [0.025, 0.05, 0.1, 0.2]
 Run = Callable[[], Any]
@@ -88,7 +88,7 @@ def rise_cases(model: torch.nn.Module, x: Tensor, options: Any) -> dict[str, Run
 
     def ours() -> Tensor:
         many = over_targets(rise)
-        return many(params, model, x[:1], classes, samples=count, squash="sigmoid", normalise=False)[:, 0]
+        return many(params, model, x[:1], classes, samples=count, link="sigmoid", normalise=False)[:, 0]
 
     def torchray() -> Tensor:
         return peer.rise(model, x[:1], num_masks=count)[0].unsqueeze(1)
@@ -115,11 +115,11 @@ def occlusion_cases(model: torch.nn.Module, x: Tensor, options: Any) -> dict[str
 
 def ablation_cases(model: torch.nn.Module, x: Tensor, options: Any) -> dict[str, Run]:
     params = params_of(model)
-    features = drawn.cells(x.shape[2:], (8, 8)).to(x.device)
+    features = cells(x.shape[2:], (8, 8)).to(x.device)
     peer = found("captum.attr")
 
     def ours() -> Tensor:
-        return feature_ablation(params, model, x[:1], 0, features=features)
+        return feature_ablation(params, model, x[:1], 0, feature_mask=features)
 
     def captum(together: int) -> Tensor:
         method, ids = peer.FeatureAblation(model), features[None]

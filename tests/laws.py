@@ -56,12 +56,12 @@ def three_features(case: Case) -> dict[str, Any]:
     """Number what is covered, the input or the layer that stands for it, by threes."""
     if case.integer:
         (shape, *_) = slow.layer_shapes(case.twin(), case.call, case.x)[case.layers[0]]
-        return {"features": torch.arange(torch.Size(shape[1:]).numel()).reshape(shape[1:]) % 3}
+        return {"feature_mask": torch.arange(torch.Size(shape[1:]).numel()).reshape(shape[1:]) % 3}
 
     def numbered(part: Tensor) -> Tensor:
         return torch.arange(part[0].numel()).reshape(part.shape[1:]) % 3
 
-    return {"features": pytree.tree_map(numbered, case.x)}
+    return {"feature_mask": pytree.tree_map(numbered, case.x)}
 
 
 def other_examples(case: Case) -> dict[str, Any]:
@@ -87,16 +87,16 @@ LAWS: dict[str, Law] = {
     "integrated_gradients": Law(options={"steps": 3}, points=3, reads=1),
     "smooth_grad": Law(options={"samples": 3, "noise": 0.1}, points=3),
     "occlusion": Law(options={"window": 9}, points=2),
-    "rise": Law(options={"samples": 4, "cells": 2}, points=4),
-    "sobol_attribution": Law(options={"samples": 3, "cells": 1}, suited=a_far_baseline, points=9),
-    "hsic_attribution": Law(options={"samples": 5, "cells": 2}, suited=a_far_baseline, points=5),
+    "rise": Law(options={"samples": 4, "grid": 2}, points=4),
+    "sobol_attribution": Law(options={"samples": 3, "grid": 1}, suited=a_far_baseline, points=9),
+    "hsic_attribution": Law(options={"samples": 5, "grid": 2}, suited=a_far_baseline, points=5),
     "extremal_perturbation": Law(
         options={"iterations": 2, "step": 2, "sigma": 2.0, "levels": 3, "max_blur": 1.0, "areas": 0.3},
         points=2,
         adaptive=1,
     ),
     "meaningful_perturbation": Law(
-        options={"iterations": 3, "cells": 3, "jitter": 3, "baseline": 0.0, "start": 0.5}, points=3, adaptive=2
+        options={"iterations": 3, "grid": 3, "jitter": 3, "baseline": 0.0, "start": 0.5}, points=3, adaptive=2
     ),
     "feature_ablation": Law(suited=three_features, points=4),
     "feature_permutation": Law(options={"samples": 2}, suited=other_examples, points=7),
@@ -397,7 +397,7 @@ EXCEPTIONS: list[Exempt] = [
     ),
     Exempt(
         "compile",
-        "how many groups there are is read from `features`; without them it compiles",
+        "how many groups there are is read from `feature_mask`; without them it compiles",
         torch._dynamo.exc.TorchDynamoException,
         "data-dependent",
         methods=lambda name: name in GROUPED,

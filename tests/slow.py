@@ -48,7 +48,7 @@ def mapped(function: Callable[[Tensor], Any], x: Any) -> Any:
     return function(x)
 
 
-def leaves(x: Any) -> list[Tensor]:
+def tree(x: Any) -> list[Tensor]:
     """The tensors of an input, one after the other."""
     found: list[Tensor] = []
     mapped(found.append, x)
@@ -58,7 +58,7 @@ def leaves(x: Any) -> list[Tensor]:
 def gradient(call: Call, x: Any, target: Any) -> Any:
     """The gradient of each example's score with respect to that example."""
     x = mapped(lambda part: part.clone().requires_grad_(part.is_floating_point()), x)
-    free = [part for part in leaves(x) if part.requires_grad]
+    free = [part for part in tree(x) if part.requires_grad]
     # A view may be written in place where a leaf may not.
     out = call(mapped(lambda part: part.view_as(part), x))
     rows = [torch.autograd.grad(score, free, retain_graph=True) for score in scores(out, target)]
@@ -113,7 +113,7 @@ def at_layer(
 
 def input_x_gradient(call: Call, x: Any, target: Any) -> Any:
     """Each entry of the input times its derivative."""
-    gradients = iter(leaves(gradient(call, x, target)))
+    gradients = iter(tree(gradient(call, x, target)))
     return mapped(lambda part: None if (g := next(gradients)) is None else part * g, x)
 
 
@@ -167,7 +167,7 @@ def deconvnet(h: Tensor, high: float) -> Tensor:
 
 def along(x: Any, baseline: Any, alpha: float) -> Any:
     """The point at `alpha` on the line from the baseline to the input."""
-    starts = iter(leaves(baseline))
+    starts = iter(tree(baseline))
     return mapped(lambda part: moved(next(starts), part, alpha), x)
 
 
@@ -177,11 +177,11 @@ def moved(start: Tensor, end: Tensor, alpha: float) -> Tensor:
 
 def weighted_path(call: Call, x: Any, target: Any, baseline: Any, nodes: Sequence[tuple[float, float]]) -> Any:
     """Sum of weight times gradient over points of the line, times the way from baseline to input."""
-    totals: list[Any] = [0.0 for _ in leaves(x)]
+    totals: list[Any] = [0.0 for _ in tree(x)]
     for alpha, weight in nodes:
-        for k, g in enumerate(leaves(gradient(call, along(x, baseline, alpha), target))):
+        for k, g in enumerate(tree(gradient(call, along(x, baseline, alpha), target))):
             totals[k] = None if g is None else totals[k] + weight * g
-    ends = iter(zip(totals, leaves(x), leaves(baseline), strict=True))
+    ends = iter(zip(totals, tree(x), tree(baseline), strict=True))
     return mapped(lambda part: None if (t := next(ends))[0] is None else t[0] * (t[1] - t[2]), x)
 
 

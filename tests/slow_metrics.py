@@ -56,9 +56,9 @@ def trapezoids(places: Sequence[float], values: Sequence[float]) -> float:
     return sum((b - a) * (u + v) / 2 for a, b, u, v in zip(places, places[1:], values, values[1:]))
 
 
-def painted(canvas: Tensor, paint: Tensor, pixels: Sequence[Pixel]) -> Tensor:
+def painted(mask_axes: Tensor, paint: Tensor, pixels: Sequence[Pixel]) -> Tensor:
     """The canvas ``[1 channel height width]`` with some pixels of the paint."""
-    image = canvas.clone()
+    image = mask_axes.clone()
     for place in pixels:
         image[(0, slice(None), *place)] = paint[(0, slice(None), *place)]
     return image

@@ -48,7 +48,7 @@ def ours(case: dict[str, Any], model: torch.nn.Module) -> Any:
         features, cover = one_for_all(options.get("feature_mask")), one_for_all(options.get("baselines"))
         unit = chosen(options["neuron_selector"])
         return pullback.feature_ablation(
-            *args, unit, output=Layer(case["layer"], at), features=features, baseline=cover
+            *args, unit, output=Layer(case["layer"], at), feature_mask=features, baseline=cover
         )
     where = {}
     features, cover = options.get("feature_mask"), options.get("baselines")
@@ -57,7 +57,7 @@ def ours(case: dict[str, Any], model: torch.nn.Module) -> Any:
         features, cover = options.get("layer_mask"), options.get("layer_baselines")
     target = chosen(options.get("target"))
     return pullback.feature_ablation(
-        *args, target, features=one_for_all(features), baseline=one_for_all(cover), **where
+        *args, target, feature_mask=one_for_all(features), baseline=one_for_all(cover), **where
     )
 
 

@@ -91,7 +91,7 @@ def test_the_bar_says_how_far_a_long_method_is(capsys, monkeypatch):
     told = []
     tqdm = pytest.importorskip("tqdm")
     monkeypatch.setattr(tqdm.tqdm, "set_description_str", lambda self, text, refresh: told.append(text))
-    options = ("--option", "samples=5", "--option", "chunk_size=2", "--option", "cells=3")
+    options = ("--option", "samples=5", "--option", "chunk_size=2", "--option", "grid=3")
     assert run(capsys, "explain", "a.png", *TOY, "--method", "gradient,rise,smooth_grad", *options)[0] == 0
     far = [f"{name}{far}" for name in ("rise", "smooth_grad") for far in ("", " 2 of 5", " 4 of 5", " 5 of 5")]
     assert told == ["gradient", *far]

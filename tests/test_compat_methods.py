@@ -12,8 +12,6 @@ from torch import nn
 
 import pullback
 from pullback import PullbackWarning
-from pullback.attribution.perturbation.extremal import extremal_perturbation
-from pullback.attribution.perturbation.rise import rise
 from pullback.compat.torchray.attribution.common import Probe, get_module, saliency
 from pullback.compat.torchray.attribution.excitation_backprop import (
     EltwiseSum,
@@ -302,8 +300,8 @@ def test_rise_is_the_pure_function_with_other_masks(vgg):
     """The dialect divides by no p and squashes by the logistic function; so can the pure function."""
     model, x = vgg
     a = rise(model, x, num_masks=600, p=0.5)[:, 3]
-    options = {"samples": 600, "squash": "sigmoid", "normalise": False}
-    b = rise(pullback.params_of(model), model, x, 3, **options)[:, 0]
+    options = {"samples": 600, "link": "sigmoid", "normalise": False}
+    b = pullback.rise(pullback.params_of(model), model, x, 3, **options)[:, 0]
     assert torch.allclose(a.mean(), b.mean(), rtol=0.05)
 
 
@@ -389,7 +387,7 @@ def test_extremal_perturbation():
     assert model.training  # as it was
     for target in (torch.tensor(2), torch.tensor([2]), [2]):
         assert torch.equal(extremal_perturbation(model, x, target, **options)[0], masks)
-    pure, info = extremal_perturbation(
+    pure, info = pullback.extremal_perturbation(
         pullback.params_of(model),
         model,
         x,
@@ -426,8 +424,8 @@ def test_options_of_extremal_perturbation(capsys):
     assert torch.allclose(smoothed, pullback.maps.smooth(masks, 1.6, padding="zeros"), atol=1e-5)
     resized, _ = extremal_perturbation(model, x, 2, resize=(8, 4), **few)
     assert resized.shape == (1, 1, 4, 8)
-    still, _ = extremal_perturbation(model, x, 2, jitter=False, **few)
-    assert not torch.equal(still, extremal_perturbation(model, x, 2, **few)[0])
+    unmoved, _ = extremal_perturbation(model, x, 2, jitter=False, **few)
+    assert not torch.equal(unmoved, extremal_perturbation(model, x, 2, **few)[0])
     for wrong in ({"variant": "destroy"}, {"perturbation": "burn"}, {"max_iter": 0}):
         with pytest.raises(AssertionError, match="must be"):
             extremal_perturbation(model, x, 2, **{**few, **wrong})

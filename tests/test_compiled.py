@@ -98,7 +98,7 @@ def test_what_does_not_compile_raises():
     model, x = network(), image()
     features = torch.arange(3 * 6 * 6).reshape(3, 6, 6) % 3
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
-        compiled(pullback.feature_ablation, backend="eager")(params_of(model), model, x, 1, features=features)
+        compiled(pullback.feature_ablation, backend="eager")(params_of(model), model, x, 1, feature_mask=features)
 
 
 def test_a_method_is_asked_for():

@@ -105,7 +105,7 @@ def test_it_holds_what_the_methods_give(undisturbed):
 def test_it_says_how_it_was_made(undisturbed):
     held = dict(undisturbed.attrs)
     assert held["methods"]["ig"]["options"] == {"steps": 3}
-    assert held["methods"]["gradient"] == {"function": "pullback.gradients.gradient", "options": {}}
+    assert held["methods"]["gradient"] == {"function": "pullback.attribution.gradients.gradient", "options": {}}
     assert held["targets"] == "top2"
     assert held["model"] == "torch.nn.modules.container.Sequential"
     assert held["versions"]["torch"] == torch.__version__

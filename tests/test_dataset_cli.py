@@ -15,7 +15,7 @@ from pullback import cli, maps
 
 zarr = pytest.importorskip("zarr")
 
-from pullback.dataset import open_store, read
+from pullback.dataset import open_store, read  # noqa: E402
 
 TOYS = """
 import torch

@@ -15,7 +15,7 @@ from pullback import gradient, params_of
 
 zarr = pytest.importorskip("zarr")
 
-from pullback.dataset import Explainer, open_store
+from pullback.dataset import Explainer, open_store  # noqa: E402
 
 SETTING = """
 import os, sys, time

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from pullback import grad_cam, gradient, over_targets, params_of
 from pullback._core.forward import run
 from pullback._ops.bypass import _DIRECT, _NORMS
-from pullback._ops.dispatch import swapped
-from pullback._ops.replacements import FORMS
+from pullback._ops.dispatch import OperationMode
+from pullback._ops.replacements import REPLACEMENTS
 
 # an input of each layer that runs directly
 LAYERS: dict[type[nn.Module], tuple[nn.Module, tuple[int, ...]]] = {
@@ -73,7 +73,7 @@ def test_a_layer_gives_the_same_and_calls_nothing_that_would_be_traded(kind):
     assert torch.allclose(run({}, layer, x), layer(x), atol=1e-6)
     with Watching() as watching:
         layer(x)
-    assert kind in _NORMS or not FORMS.keys() & set(watching.met)
+    assert kind in _NORMS or not REPLACEMENTS.keys() & set(watching.met)
 
 
 def test_wrong_shapes_of_batch_norm_are_refused():
@@ -117,13 +117,13 @@ def test_hooks_of_layers_run():
 def test_an_account_of_sizes_is_the_same(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)).eval()
     x, found = torch.randn(1, 3, 5, 5), []
-    noted = swapped.measure
+    noted = OperationMode.measure
 
     def measure(mode, func, args, result):
         noted(mode, func, args, result)
         found.append((mode.largest, mode.products, mode.linear is not None and mode.linear[2] is result))
 
-    monkeypatch.setattr(swapped, "measure", measure)
+    monkeypatch.setattr(OperationMode, "measure", measure)
     maps = over_targets(gradient)({}, model, x, range(5))
     directly, found[:] = found[-1], []
     with Watching():

@@ -213,7 +213,7 @@ def test_contrast_needs_a_class():
 
 def test_the_meaningful_part_is_deleted():
     model = lambda params, x: x[:, 0, :6, :6].mean((1, 2))  # noqa: E731
-    how = {"baseline": 0.0, "cells": 6, "iterations": 80, "jitter": 0, "area": 0.02}
+    how = {"baseline": 0.0, "grid": 6, "iterations": 80, "jitter": 0, "area": 0.02}
     map, info = meaningful_perturbation({}, model, torch.ones(2, 1, 18, 18), None, return_info=True, **how)
     assert bool((map[:, 0, :5, :5].mean((1, 2)) > 0.7).all())
     assert bool((map[:, 0, 9:, 9:].mean((1, 2)) < 0.1).all())
@@ -223,7 +223,7 @@ def test_the_meaningful_part_is_deleted():
 
 def test_meaningful_images_and_targets_in_one_run_are_the_loop():
     model, x = net()
-    how = {"cells": 4, "iterations": 5, "seed": 3}
+    how = {"grid": 4, "iterations": 5, "seed": 3}
     many = over_targets(meaningful_perturbation)(params_of(model), model, x, [0, 2], **how)
     chunked = meaningful_perturbation(params_of(model), model, x, 2, chunk_size=2, **how)
     torch.testing.assert_close(many[1], chunked)

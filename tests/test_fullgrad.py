@@ -18,7 +18,7 @@ def test_input_and_biases_make_up_the_score(case):
     model = case.model()
     _, info = full_grad(params_of(model), model, case.x, torch.tensor([1, 3]), return_info=True, **case.options)
     same = torch.zeros(2, dtype=torch.float64)
-    torch.testing.assert_close(info["gap"], same, rtol=0, atol=1e-12)
+    torch.testing.assert_close(info["convergence_delta"], same, rtol=0, atol=1e-12)
     assert len(info["biases"]) > 0
 
 
@@ -42,8 +42,8 @@ def test_shares_and_map_are_the_definition():
     cut.requires_grad_()
     y = torch.where((y > 0) & (y < 6), y, 0) + cut
     out = head(y.flatten(1))[:, 3].sum()
-    leaves = [conv_bias, norm_bias, cut]
-    expected = [b.detach() * g for b, g in zip(leaves, torch.autograd.grad(out, leaves), strict=True)]
+    tree = [conv_bias, norm_bias, cut]
+    expected = [b.detach() * g for b, g in zip(tree, torch.autograd.grad(out, tree), strict=True)]
     assert float(cut.detach().sum()) > 0
     for ours, theirs in zip(info["biases"], expected, strict=False):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pullback
-from pullback import PullbackWarning, metrics
+from pullback import PullbackWarning, evaluation, metrics
 from pullback._networks.messages import Problem
 from pullback._networks.models import Preprocessing
 from pullback.evaluation import Entry, Example, annotations, examples, methods, runner
@@ -69,7 +69,7 @@ def some_tiles(count: int, names: str = "abcdefg") -> dict[str, list[examples.Ti
 
 
 def test_mosaics_are_balanced_and_their_masks_are_right():
-    found = benchmark.mosaics(some_tiles(3), count=14)
+    found = evaluation.mosaics(some_tiles(3), count=14)
     assert [e.name for e in found] == [f"mosaic {i}" for i in range(14)]
     for example in found:
         assert len(set(example.groups)) == 4
@@ -81,19 +81,19 @@ def test_mosaics_are_balanced_and_their_masks_are_right():
     for part in (found[:7], found[7:]):  # a round shows each photograph once at each place
         shown = [[e.groups[place] for e in part] for place in range(4)]
         assert all(sorted(column) == sorted("abcdefg") for column in shown)
-    again = benchmark.mosaics(some_tiles(3), count=14)
+    again = evaluation.mosaics(some_tiles(3), count=14)
     assert all(torch.equal(a.x, b.x) for a, b in zip(found, again))
-    assert any(a.groups != b.groups for a, b in zip(found, benchmark.mosaics(some_tiles(3), count=14, seed=1)))
+    assert any(a.groups != b.groups for a, b in zip(found, evaluation.mosaics(some_tiles(3), count=14, seed=1)))
     with pytest.raises(ValueError, match="four photographs of four classes"):
-        benchmark.mosaics(some_tiles(3, "abc"))
+        evaluation.mosaics(some_tiles(3, "abc"))
 
 
 def test_tiles_are_crops_that_the_network_gets_right():
     grey = np.random.default_rng(0).integers(0, 50, (40, 60, 3)).astype(np.uint8)
     sources = [
-        benchmark.Photograph("dark", grey, (0,)),
-        benchmark.Photograph("light", grey + 200, (1, 2)),
-        benchmark.Photograph("wrong", grey + 200, (0,)),
+        evaluation.Photograph("dark", grey, (0,)),
+        evaluation.Photograph("light", grey + 200, (1, 2)),
+        evaluation.Photograph("wrong", grey + 200, (0,)),
     ]
 
     def model(x):
@@ -101,42 +101,42 @@ def test_tiles_are_crops_that_the_network_gets_right():
         return torch.stack([-light, light, light - 50], 1)
 
     plain = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3)
-    cut = benchmark.tiles(model, sources, plain, side=8, count=3, tries=10)
+    cut = evaluation.tiles(model, sources, plain, side=8, count=3, tries=10)
     assert {name: [t.target for t in own] for name, own in cut.items()} == {"dark": [0] * 3, "light": [1] * 3}
     assert cut["dark"][0].x.shape == (3, 8, 8)
     assert all(float(t.x.min()) >= 0 and float(t.x.max()) <= 1 for own in cut.values() for t in own)
     assert not torch.equal(cut["dark"][0].x, cut["dark"][1].x)
-    assert benchmark.tiles(model, sources, plain, side=8, least=1.01, tries=3) == {}
-    alone = benchmark.single(cut)
+    assert evaluation.tiles(model, sources, plain, side=8, least=1.01, tries=3) == {}
+    alone = evaluation.single(cut)
     assert [e.name for e in alone] == ["dark", "light"]
     assert torch.equal(alone[1].x, cut["light"][0].x)
 
 
 def test_photographs_of_packages_and_folders(tmp_path):
     pytest.importorskip("skimage")
-    found = benchmark.photographs()
+    found = evaluation.photographs()
     assert [p.name for p in found] == ["chelsea", "coffee", "motorcycle", "camera", "rocket", "china", "hopper"]
     assert all(p.pixels.dtype == np.uint8 and p.pixels.shape[2] == 3 for p in found)
     for kind in ("tabby", "967"):
         (tmp_path / kind).mkdir()
         Image.new("L", (6, 5), 128).save(tmp_path / kind / "a.png")
-    assert [(p.classes, p.pixels.shape) for p in benchmark.photographs(tmp_path)] == [
+    assert [(p.classes, p.pixels.shape) for p in evaluation.photographs(tmp_path)] == [
         ((967,), (5, 6, 3)),
         ((281,), (5, 6, 3)),
     ]
     (tmp_path / "no such class").mkdir()
     Image.new("L", (6, 5)).save(tmp_path / "no such class" / "a.png")
     with pytest.raises(ValueError, match="class of ImageNet or its index, got 'no such class'"):
-        benchmark.photographs(tmp_path)
+        evaluation.photographs(tmp_path)
     with pytest.raises(FileNotFoundError, match="Nothing is downloaded"):
-        benchmark.photographs(tmp_path / "nowhere")
+        evaluation.photographs(tmp_path / "nowhere")
 
 
 def test_digits_tell_exactly_where_the_ink_is():
     datasets = pytest.importorskip("sklearn.datasets")
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    model, found = benchmark.digits(count=5, epochs=1)
-    again, _ = benchmark.digits(count=5, epochs=1)
+    model, found = evaluation.digits(count=5, epochs=1)
+    again, _ = evaluation.digits(count=5, epochs=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
@@ -162,14 +162,14 @@ def test_folders_with_masks(tmp_path):
         mask = Image.new("L", (6, 4))
         mask.putpixel((5, 2), 255)
         mask.save(tmp_path / "masks" / kind / "one.png")
-    prepare = benchmark.fitted(Preprocessing(), side=8)
-    found = benchmark.masked_folder(tmp_path / "images", tmp_path / "masks", prepare, index=["x", "a", "b"])
+    prepare = evaluation.fitted(Preprocessing(), side=8)
+    found = evaluation.masked_folder(tmp_path / "images", tmp_path / "masks", prepare, index=["x", "a", "b"])
     assert [e.name for e in found] == ["a/one.jpg", "b/one.jpg"]
     assert [e.targets.tolist() for e in found[:2]] == [[1], [2]]
     assert found[0].masks.nonzero().tolist() == [[0, 2, 5]]
     assert found[0].x.shape == (3, 8, 12)
     with pytest.raises(ValueError, match="`index` has no class 'b'"):
-        benchmark.masked_folder(tmp_path / "images", tmp_path / "masks", prepare, index=["a"])
+        evaluation.masked_folder(tmp_path / "images", tmp_path / "masks", prepare, index=["a"])
     Image.new("L", (6, 5), 1).save(tmp_path / "masks" / "a" / "one.png")
     with pytest.raises(ValueError, match=r"size of its photograph, \(4, 6\), got \(5, 6\)"):
         found[0]
@@ -178,7 +178,7 @@ def test_folders_with_masks(tmp_path):
         found[0]
     (tmp_path / "masks" / "a" / "one.png").unlink()
     with pytest.raises(FileNotFoundError, match="No mask"):
-        benchmark.masked_folder(tmp_path / "images", tmp_path / "masks", prepare, index=["a", "b"])
+        evaluation.masked_folder(tmp_path / "images", tmp_path / "masks", prepare, index=["a", "b"])
 
 
 # -- VOC ---------------------------------------------------------------------------------------------------------------
@@ -233,8 +233,8 @@ def test_voc_annotations(voc_root):
 
 
 def test_voc_as_examples(voc_root):
-    prepare = benchmark.fitted(Preprocessing(), side=16)
-    found = benchmark.voc(voc_root, prepare)
+    prepare = evaluation.fitted(Preprocessing(), side=16)
+    found = evaluation.voc(voc_root, prepare)
     assert [(e.name, e.targets.tolist()) for e in found] == [
         ("000001", [11]),
         ("000002", [2, 11, 14]),
@@ -243,15 +243,15 @@ def test_voc_as_examples(voc_root):
     assert found[0].x.shape == (3, 16, 20)
     assert found[0].masks.shape == (1, 8, 10)
     # below a quarter of the image, and another class in it: also one that does not count itself
-    difficult = benchmark.voc(voc_root, prepare, difficult=True)
+    difficult = evaluation.voc(voc_root, prepare, difficult=True)
     assert [(e.name, e.targets.tolist()) for e in difficult] == [("000001", [11]), ("000002", [2, 14])]
     (voc_root / "list.txt").write_text("000002 11 7\n000003.jpg 11\n")
-    listed = benchmark.voc(voc_root, prepare, difficult=True, listed=voc_root / "list.txt")
+    listed = evaluation.voc(voc_root, prepare, difficult=True, listed=voc_root / "list.txt")
     assert [(e.name, e.targets.tolist()) for e in listed] == [("000002", [11]), ("000003", [11])]
 
 
 def test_voc_that_cannot_be_read(voc_root):
-    prepare = benchmark.fitted(Preprocessing())
+    prepare = evaluation.fitted(Preprocessing())
     for text, match in (
         (annotation(("unicorn", 0, 1, 1, 2, 2)), "the class 'unicorn' is none of the 20"),
         ("<annotation><object>", "is no VOC annotation"),
@@ -260,15 +260,15 @@ def test_voc_that_cannot_be_read(voc_root):
     ):
         (voc_root / "Annotations" / "000003.xml").write_text(text)
         with pytest.raises(ValueError, match=match):
-            benchmark.voc(voc_root, prepare)
+            evaluation.voc(voc_root, prepare)
     (voc_root / "Annotations" / "000003.xml").unlink()
     with pytest.raises(FileNotFoundError, match="No VOC annotation"):
-        benchmark.voc(voc_root, prepare)
+        evaluation.voc(voc_root, prepare)
     with pytest.raises(FileNotFoundError, match="No list of VOC images"):
-        benchmark.voc(voc_root, prepare, image_set="val")
+        evaluation.voc(voc_root, prepare, image_set="val")
     (voc_root / "ImageSets/Main/val.txt").write_text("000004\n")
     with pytest.raises(ValueError, match="no image with a class that counts"):
-        benchmark.voc(voc_root, prepare, image_set="val")
+        evaluation.voc(voc_root, prepare, image_set="val")
 
 
 # -- COCO --------------------------------------------------------------------------------------------------------------
@@ -347,23 +347,23 @@ def coco_files(tmp_path):
 
 def test_coco(coco_files):
     folder, given = coco_files
-    file, prepare = folder / "instances.json", benchmark.fitted(Preprocessing(), side=6)
+    file, prepare = folder / "instances.json", evaluation.fitted(Preprocessing(), side=6)
     file.write_text(json.dumps(given))
-    found = benchmark.coco(folder, file, prepare)
+    found = evaluation.coco(folder, file, prepare)
     assert [(e.name, e.targets.tolist()) for e in found] == [("3.jpg", [2]), ("7.jpg", [0, 1])]
     assert found[1].masks.flatten(1).sum(1).tolist() == [2, 36 + 4]
     assert found[1].masks[0].nonzero().tolist() == [[4, 7], [5, 7]]
-    difficult = benchmark.coco(folder, file, prepare, difficult=True)
+    difficult = evaluation.coco(folder, file, prepare, difficult=True)
     assert [(e.name, e.targets.tolist()) for e in difficult] == [("7.jpg", [0])]
     for change, match in (({"category_id": 2}, "unknown category_id 2"), ({"image_id": 8}, "unknown image_id 8")):
         file.write_text(json.dumps({**given, "annotations": [{**given["annotations"][0], **change}]}))
         with pytest.raises(ValueError, match=match):
-            benchmark.coco(folder, file, prepare)
+            evaluation.coco(folder, file, prepare)
     file.write_text(json.dumps({**given, "annotations": []}))
     with pytest.raises(ValueError, match="no image with a class"):
-        benchmark.coco(folder, file, prepare)
+        evaluation.coco(folder, file, prepare)
     with pytest.raises(FileNotFoundError, match="No file of COCO instances"):
-        benchmark.coco(folder, folder / "none.json", prepare)
+        evaluation.coco(folder, folder / "none.json", prepare)
 
 
 # -- the runner --------------------------------------------------------------------------------------------------------
@@ -388,7 +388,7 @@ def values(rows):
 
 def test_a_run_gives_what_the_metrics_give(tmp_path):
     model, example = network(), corner()
-    rows = benchmark.run(
+    rows = evaluation.run(
         model,
         [example],
         {"ixg": Entry(pullback.input_x_gradient), "grad": Entry(pullback.gradient, reduce="peak")},
@@ -411,7 +411,7 @@ def test_a_run_gives_what_the_metrics_give(tmp_path):
             assert row["value"] == pytest.approx(float(metrics.energy_pointing_game(map, mask)), rel=1e-6)
         assert row["chance"] == (2 + k) / 16
         assert (row["dataset"], row["group"]) == ("corners", "one")
-    assert runner.read_table(benchmark.write_table(rows, tmp_path / "results.csv")) == rows
+    assert runner.read_table(evaluation.write_table(rows, tmp_path / "results.csv")) == rows
 
 
 @pytest.mark.parametrize("stop_at", range(1, 7))
@@ -421,69 +421,69 @@ def test_an_interrupted_run_loses_and_doubles_nothing(tmp_path, stop_at):
     def table(method):
         return {"a": Entry(method, together=False), "b": Entry(pullback.input_x_gradient)}
 
-    whole = benchmark.run(model, found, table(counted([])), out=tmp_path / "whole")
+    whole = evaluation.run(model, found, table(counted([])), out=tmp_path / "whole")
     first, second = [], []
     with pytest.raises(KeyboardInterrupt):
-        benchmark.run(model, found, table(counted(first, stop_at)), out=tmp_path / "cut")
-    rows = benchmark.run(model, found, table(counted(second)), out=tmp_path / "cut")
+        evaluation.run(model, found, table(counted(first, stop_at)), out=tmp_path / "cut")
+    rows = evaluation.run(model, found, table(counted(second)), out=tmp_path / "cut")
     assert values(rows) == values(whole)
     done = (stop_at - 1) // 2  # whole examples of two targets before the interruption
     assert len(second) == 6 - 2 * done
     third = []
-    assert values(benchmark.run(model, found, table(counted(third)), out=tmp_path / "cut")) == values(whole)
+    assert values(evaluation.run(model, found, table(counted(third)), out=tmp_path / "cut")) == values(whole)
     assert third == []
 
 
 def test_a_line_that_was_cut_short_is_done_again(tmp_path):
     model, found = network(), [corner(str(k), seed=k) for k in range(2)]
     table = {"a": Entry(pullback.gradient), "b": Entry(pullback.input_x_gradient)}
-    whole = benchmark.run(model, found, table, out=tmp_path)
+    whole = evaluation.run(model, found, table, out=tmp_path)
     text = (tmp_path / "journal.jsonl").read_text()
     ends = [i for i, c in enumerate(text) if c == "\n"]
     for length in (len(text) - 1, len(text) - 20, ends[2] + 1, ends[2] + 30, ends[0] + 5, ends[0], 10, 0):
         (tmp_path / "journal.jsonl").write_text(text[:length])
-        rows = benchmark.run(model, found, table, out=tmp_path)
+        rows = evaluation.run(model, found, table, out=tmp_path)
         assert values(rows) == values(whole)
 
 
 def test_two_runs_at_once_double_nothing(tmp_path):
     model, table = network(), {"a": Entry(pullback.gradient)}
-    rows = benchmark.run(model, [corner()], table, out=tmp_path)
+    rows = evaluation.run(model, [corner()], table, out=tmp_path)
     text = (tmp_path / "journal.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "journal.jsonl").write_text("".join([*text, text[-1]]))  # the other one did the same
-    assert benchmark.run(model, [corner()], table, out=tmp_path) == rows
+    assert evaluation.run(model, [corner()], table, out=tmp_path) == rows
 
 
 def test_results_of_others_are_refused_or_stand_beside(tmp_path):
     model, table = network(), {"a": Entry(pullback.gradient)}
-    benchmark.run(model, [corner()], table, out=tmp_path, dataset="d")
+    evaluation.run(model, [corner()], table, out=tmp_path, dataset="d")
     other = {**pullback.params_of(model)}
     other["3.bias"] = other["3.bias"] + 1e-6
     with pytest.raises(ValueError, match="a folder of its own for each data set and model"):
-        benchmark.run(model, [corner()], table, out=tmp_path, dataset="d", params=other)
+        evaluation.run(model, [corner()], table, out=tmp_path, dataset="d", params=other)
     with pytest.raises(ValueError, match="a folder of its own"):
-        benchmark.run(model, [corner()], table, out=tmp_path, dataset="e")
+        evaluation.run(model, [corner()], table, out=tmp_path, dataset="e")
     with pytest.raises(ValueError, match="`examples` has another 'one'"):
-        benchmark.run(model, [corner(seed=1)], table, out=tmp_path, dataset="d")
+        evaluation.run(model, [corner(seed=1)], table, out=tmp_path, dataset="d")
     with pytest.raises(ValueError, match=r"named in `pullback\.metrics\.METRICS`, got 'energy'"):
-        benchmark.run(model, [corner()], table, {"energy": {}}, out=tmp_path, dataset="d")
+        evaluation.run(model, [corner()], table, {"energy": {}}, out=tmp_path, dataset="d")
     calls = []
     for options in ({"steps": 2}, {"steps": 3}, {"steps": 2}):
         entry = Entry(lambda *a, steps: calls.append(steps) or pullback.gradient(*a), options)
-        rows = benchmark.run(model, [corner()], {"a": entry}, out=tmp_path, dataset="d")
+        rows = evaluation.run(model, [corner()], {"a": entry}, out=tmp_path, dataset="d")
         assert {row["options"] for row in rows} == {f"steps={options['steps']}"}
     assert calls == [2, 3]
-    rows = benchmark.run(model, [corner()], table, {"pointing_game": {"tolerance": 4}}, out=tmp_path, dataset="d")
+    rows = evaluation.run(model, [corner()], table, {"pointing_game": {"tolerance": 4}}, out=tmp_path, dataset="d")
     assert [row["metric_options"] for row in rows] == ["tolerance=4"] * 2
 
 
 def test_options_are_told_apart():
     base = Entry(pullback.gradient, {"baseline": torch.zeros(3), "method": pullback.gradient})
     same = Entry(pullback.gradient, {"method": pullback.gradient, "baseline": torch.zeros(3)})
-    assert base.told == same.told
+    assert base.description == same.description
     for change in ({"baseline": torch.ones(3)}, {"baseline": torch.zeros(1, 3)}, {"method": pullback.saliency}):
-        assert replace(base, options={**base.options, **change}).told != base.told
-    assert Entry(pullback.gradient, reduce="peak").told != Entry(pullback.gradient).told
+        assert replace(base, options={**base.options, **change}).description != base.description
+    assert Entry(pullback.gradient, reduce="peak").description != Entry(pullback.gradient).description
 
 
 def test_what_fails_is_told_left_out_and_tried_again(tmp_path):
@@ -499,29 +499,29 @@ def test_what_fails_is_told_left_out_and_tried_again(tmp_path):
 
     table = {"sick": Entry(sick), "broken": Entry(broken), "good": Entry(pullback.gradient)}
     with pytest.warns(PullbackWarning) as told:
-        rows = benchmark.run(model, found, table, out=tmp_path)
+        rows = evaluation.run(model, found, table, out=tmp_path)
     assert {w.filename for w in told} == {__file__}
     said = {str(w.message) for w in told}
     assert "`sick` on example '1' is left out: the map holds NaN or infinite values" in said
     assert "`broken` on example '0' is left out: out of luck" in said
     assert {(r["method"], r["example"]) for r in rows} == {("sick", "0"), ("good", "0"), ("good", "1")}
     healthy.append(True)
-    rows = benchmark.run(model, found, {"sick": table["sick"]}, out=tmp_path)
+    rows = evaluation.run(model, found, {"sick": table["sick"]}, out=tmp_path)
     assert {(r["method"], r["example"]) for r in rows} == {("sick", "0"), ("sick", "1")}
     absent = Example("absent", found[0].x, torch.tensor([3]), FULL)
     with pytest.warns(PullbackWarning, match=r"`target` must lie in 0 ... 2, got 3"):  # a class the model has not
-        assert benchmark.run(model, [absent], {"good": table["good"]}, out=tmp_path) == []
+        assert evaluation.run(model, [absent], {"good": table["good"]}, out=tmp_path) == []
     flat = Entry(lambda params, model, x, target: pullback.gradient(params, model, x, target).flatten(1))
     with pytest.warns(PullbackWarning, match="which is no map"):
-        benchmark.run(model, found[:1], {"flat": flat}, out=tmp_path)
+        evaluation.run(model, found[:1], {"flat": flat}, out=tmp_path)
 
 
 def test_nothing_to_measure_counts_as_a_result(tmp_path):
     dark = Entry(lambda params, model, x, target: -x.abs().sum(1, keepdim=True))  # nowhere positive
     for _ in range(2):
-        rows = benchmark.run(network(), [corner()], {"dark": dark}, out=tmp_path)
+        rows = evaluation.run(network(), [corner()], {"dark": dark}, out=tmp_path)
         assert all(math.isnan(r["value"]) == (r["metric"] == "energy_pointing_game") for r in rows)
-    energy = next(s for s in benchmark.summarise(rows) if s.metric == "energy_pointing_game")
+    energy = next(s for s in evaluation.summarise(rows) if s.metric == "energy_pointing_game")
     assert (energy.count, energy.undefined) == (0, 2)
     assert math.isnan(energy.mean)
 
@@ -531,7 +531,7 @@ def test_every_kind_of_metric(tmp_path):
     example = replace(example, x=example.x.double())
     chosen = {"deletion": {"steps": 4}, "completeness": {"baseline": torch.zeros(())}, "sparseness": {},
               "max_sensitivity": {"samples": 3}, "random_logit": {}}  # fmt: skip
-    rows = benchmark.run(model, [example], {"ixg": Entry(pullback.input_x_gradient)}, chosen, out=tmp_path)
+    rows = evaluation.run(model, [example], {"ixg": Entry(pullback.input_x_gradient)}, chosen, out=tmp_path)
     found = {(row["metric"], row["target"]): row["value"] for row in rows}
     params, x = pullback.params_of(model), example.x[None]
     for k in (0, 1):
@@ -564,7 +564,7 @@ def test_maps_are_resized_to_the_masks(tmp_path):
     map = torch.zeros(1, 1, 2, 2)
     map[..., 0, 0] = 1
     entry = Entry(lambda params, model, x, target: map)
-    (row,) = benchmark.run(network(), [example], {"m": entry}, {"pointing_game": {"tolerance": 1}}, out=tmp_path)
+    (row,) = evaluation.run(network(), [example], {"m": entry}, {"pointing_game": {"tolerance": 1}}, out=tmp_path)
     assert row["value"] == 1
 
 
@@ -577,24 +577,24 @@ def test_one_after_the_other_or_together(tmp_path):
 
 
 def test_tables(tmp_path):
-    rows = benchmark.run(network(), [corner()], {"a": Entry(pullback.gradient)}, out=tmp_path)
-    file = benchmark.write_table(rows, tmp_path / "results.csv")
+    rows = evaluation.run(network(), [corner()], {"a": Entry(pullback.gradient)}, out=tmp_path)
+    file = evaluation.write_table(rows, tmp_path / "results.csv")
     with file.open() as handle:
         read = list(csv.DictReader(handle))
     assert [{k: str(v) for k, v in row.items()} for row in rows] == read
     assert sorted(p.name for p in tmp_path.iterdir()) == ["journal.jsonl", "results.csv"]
     with pytest.raises(ValueError, match=r"`file` must end in .csv or .parquet"):
-        benchmark.write_table(rows, tmp_path / "results.xls")
+        evaluation.write_table(rows, tmp_path / "results.xls")
     with pytest.raises(ValueError, match="nothing was judged"):
-        benchmark.write_table([], file)
+        evaluation.write_table([], file)
     try:
         import pandas
         import pyarrow  # noqa: F401
     except ImportError:
         with pytest.raises(ImportError, match="pip install pandas pyarrow"):
-            benchmark.write_table(rows, tmp_path / "results.parquet")
+            evaluation.write_table(rows, tmp_path / "results.parquet")
     else:
-        frame = pandas.read_parquet(benchmark.write_table(rows, tmp_path / "results.parquet"))
+        frame = pandas.read_parquet(evaluation.write_table(rows, tmp_path / "results.parquet"))
         assert frame.to_dict("records") == rows
 
 
@@ -608,60 +608,60 @@ def row(value, group="g", target=0, method="m", metric="energy_pointing_game"):
 
 def test_means_over_targets_and_over_classes():
     rows = [row(1.0, "a", 3), row(0.0, "b", 3), row(0.5, "c", 4), row(float("nan"), "d", 4)]
-    (found,) = benchmark.summarise(rows)
+    (found,) = evaluation.summarise(rows)
     assert found.mean == pytest.approx(0.5)
     assert (found.count, found.groups, found.undefined, found.chance) == (3, 3, 1, 0.25)
-    (found,) = benchmark.summarise([row(1.0, "a", 3), row(1.0, "b", 3), row(0.0, "c", 4)], per="class")
+    (found,) = evaluation.summarise([row(1.0, "a", 3), row(1.0, "b", 3), row(0.0, "c", 4)], per="class")
     assert found.mean == pytest.approx(0.5)
     with pytest.raises(ValueError, match="`per` must be 'target' or 'class'"):
-        benchmark.summarise(rows, per="image")
+        evaluation.summarise(rows, per="image")
 
 
 def test_intervals_are_of_groups():
     draw = np.random.default_rng(0)
     levels = draw.normal(size=40)
     clustered = [row(level, f"g{i}") for i, level in enumerate(levels) for _ in range(25)]
-    (found,) = benchmark.summarise(clustered, samples=4000)
+    (found,) = evaluation.summarise(clustered, samples=4000)
     spread = levels.std() / math.sqrt(len(levels))  # of a mean of 40, not of 1000
     assert (found.high - found.low) == pytest.approx(2 * 1.96 * spread, rel=0.1)
     alone = [{**r, "group": str(i)} for i, r in enumerate(clustered)]
-    (narrow,) = benchmark.summarise(alone, samples=4000)
+    (narrow,) = evaluation.summarise(alone, samples=4000)
     assert (narrow.high - narrow.low) == pytest.approx(2 * 1.96 * spread / 5, rel=0.1)
-    (one,) = benchmark.summarise([row(0.2), row(0.4)])
+    (one,) = evaluation.summarise([row(0.2), row(0.4)])
     assert one.low == one.mean == one.high
-    assert benchmark.summarise(clustered) == benchmark.summarise(clustered)
+    assert evaluation.summarise(clustered) == evaluation.summarise(clustered)
 
 
 def test_markdown_and_figure():
     pytest.importorskip("matplotlib")
     rows = [row(v, str(i), method=name) for name, v in (("low", 0.2), ("high", 0.9)) for i in range(3)]
     rows.append(row(float("nan"), method="none"))
-    columns = {"energy": benchmark.summarise(rows), "other": benchmark.summarise(rows[:3])}
-    lines = benchmark.markdown(columns).splitlines()
+    columns = {"energy": evaluation.summarise(rows), "other": evaluation.summarise(rows[:3])}
+    lines = evaluation.markdown(columns).splitlines()
     assert lines[0] == "| method | energy | other |"
     assert lines[2:] == ["| high | 0.90 (0.90 to 0.90) | – |", "| low | 0.20 (0.20 to 0.20) | 0.20 (0.20 to 0.20) |",
                          "| none | – | – |"]  # fmt: skip
-    drawn = benchmark.figure(columns)
+    drawn = evaluation.figure(columns)
     left, right = drawn.axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["high", "low", "none"]
     assert left.lines[0].get_xdata().tolist() == pytest.approx([0.9, 0.2])
     assert left.get_ylim()[0] > left.get_ylim()[1]  # the best one on top
-    alone = benchmark.markdown({"energy": benchmark.summarise([row(0.5)])}, notes={"why": {"m": "so"}})
+    alone = evaluation.markdown({"energy": evaluation.summarise([row(0.5)])}, notes={"why": {"m": "so"}})
     assert alone.splitlines()[2] == "| m | 0.50 | so |"  # one group has no interval
-    lower = benchmark.summarise([row(v, method=n, metric="deletion") for n, v in (("a", 0.5), ("b", 0.1))])
-    assert benchmark.markdown({"deletion": lower}).splitlines()[2].startswith("| b |")  # less is better
+    lower = evaluation.summarise([row(v, method=n, metric="deletion") for n, v in (("a", 0.5), ("b", 0.1))])
+    assert evaluation.markdown({"deletion": lower}).splitlines()[2].startswith("| b |")  # less is better
 
 
 # -- methods and the command -------------------------------------------------------------------------------------------
 
 
 def test_every_public_method_is_judged_or_said_to_be_left_out():
-    table = benchmark.entries([corner()], methods.SMALL, steps=2, samples=8, side=2)
+    table = evaluation.entries([corner()], methods.SMALL, steps=2, samples=8, side=2)
     judged = {name for name in table if "control" not in name}
     public = set(command.public_methods()) | {"attention_rollout", "attention_weights"}
     assert judged | set(methods.LEFT_OUT) == public
     assert not judged & set(methods.LEFT_OUT)
-    assert set(methods.DEAR) <= judged
+    assert set(methods.BUDGETS) <= judged
 
 
 def test_controls_do_not_look():
@@ -674,7 +674,7 @@ def test_controls_do_not_look():
 
 
 SOME = "gradient,lrp,grad_cam,cam,rise,edges (control)"
-ALL = ",".join(benchmark.entries([corner()], methods.SMALL, steps=2, samples=8, side=2))
+ALL = ",".join(evaluation.entries([corner()], methods.SMALL, steps=2, samples=8, side=2))
 
 
 @pytest.mark.parametrize("chosen", [SOME, pytest.param(ALL, marks=pytest.mark.slow)])
@@ -724,8 +724,8 @@ def test_the_readme_block(tmp_path):
     model, found = network(), [corner(str(k), seed=k) for k in range(3)]
     table = {"gradient": Entry(pullback.gradient), "edges (control)": Entry(methods.edges)}
     for name, chosen in (("mosaics", command.INSIDE), ("digits", command.ON_INK), ("tiles", command.REDRAWN)):
-        rows = benchmark.run(model, found, table, chosen, out=tmp_path / name, dataset=name)
-        benchmark.write_table(rows, tmp_path / name / "results.csv")
+        rows = evaluation.run(model, found, table, chosen, out=tmp_path / name, dataset=name)
+        evaluation.write_table(rows, tmp_path / name / "results.csv")
     file = tmp_path / "README.md"
     file.write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
     assert command.main(["readme", str(file), "--out", str(tmp_path)]) == 0
@@ -748,10 +748,10 @@ def test_the_readme_block(tmp_path):
 
 
 def test_the_library_does_not_import_the_benchmark():
-    code = "import sys, pullback; sys.exit(any(n.startswith('pullback.benchmark') for n in sys.modules))"
+    code = "import sys, pullback; sys.exit(any(n.startswith('pullback.evaluation') for n in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     code = (
-        "import sys, pullback.benchmark; "
+        "import sys, pullback.evaluation; "
         "sys.exit(any(n in sys.modules for n in ('matplotlib', 'PIL', 'sklearn', 'skimage', 'pandas')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -764,22 +764,22 @@ def test_explaining_for_quantus():
     model, x = network(), np.random.default_rng(0).standard_normal((4, 3, 4, 4))
     targets = np.array([0, 1, 2, 0])
     params = pullback.params_of(model)
-    explain = benchmark.quantus_explain(pullback.gradient)
+    explain = evaluation.quantus_explain(pullback.gradient)
     found = explain(model=model, inputs=x, targets=targets, device="cpu", xai_lib="ignored")
     expected = pullback.gradient(params, model, torch.from_numpy(x).float(), torch.from_numpy(targets))
     assert isinstance(found, np.ndarray)
     assert found.dtype == x.dtype
     assert np.allclose(found, expected, atol=1e-6)
     assert np.allclose(explain(model, torch.from_numpy(x).float(), torch.from_numpy(targets)), expected, atol=1e-6)
-    summed = benchmark.quantus_explain(pullback.gradient, reduce=pullback.maps.channel_sum)(model, x, targets)
+    summed = evaluation.quantus_explain(pullback.gradient, reduce=pullback.maps.channel_sum)(model, x, targets)
     assert summed.shape == (4, 1, 4, 4)
     convolution = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
-    grown = benchmark.quantus_explain(pullback.grad_cam, layer="1")(convolution, x, targets)
+    grown = evaluation.quantus_explain(pullback.grad_cam, layer="1")(convolution, x, targets)
     assert grown.shape == (4, 1, 4, 4)  # of the input's size
     with pytest.raises(TypeError, match="`method` must be a function"):
-        benchmark.quantus_explain("gradient")
+        evaluation.quantus_explain("gradient")
     with pytest.raises(TypeError, match="one tensor for Quantus, got tuple"):
-        benchmark.quantus_explain(lambda *a: a)(model, x, targets)
+        evaluation.quantus_explain(lambda *a: a)(model, x, targets)
 
 
 def test_annotations_name_twenty_classes():

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from pullback import _cover, extremal_perturbation, integrated_gradients, over_targets, params_of, rise, smooth_grad
-from pullback._core.batching import ENLARGED, FORWARDS, MOST, rows_together
+from pullback import extremal_perturbation, integrated_gradients, over_targets, params_of, rise, smooth_grad
+from pullback._core.batching import ACTIVATION_PER_INPUT, FORWARD_BYTES, MAX_ROWS, rows_together
 
 STRIDES: list[tuple[int, ...]] = []  # of what the convolutions of `Net` gave, forward by forward
 
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 def masks_of(net: nn.Module, x: Tensor, **options) -> Tensor:
-    return rise(params_of(net), net, x, 1, samples=96, cells=3, squash=None, **options)
+    return rise(params_of(net), net, x, 1, samples=96, grid=3, link=None, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -50,7 +50,7 @@ def test_values_are_those_of_the_own_layout(end, batch, dtype, monkeypatch):
     found = masks_of(net, x)
     last = STRIDES[-1]
     assert (last[1] == 1) == (end == "flatten")  # laid out channels last where the model takes it
-    monkeypatch.setattr(_cover, "WORTH", 10**9)
+    monkeypatch.setattr("pullback._core.masked.MIN_FORWARDS", 10**9)
     torch.testing.assert_close(found, masks_of(net, x), rtol=1e-4, atol=1e-5)
     assert STRIDES[-1][1] != 1
 
@@ -76,7 +76,7 @@ def test_nothing_of_the_callers_changes():
     net, x = Net().eval(), torch.rand(1, 3, 15, 15)
     params = params_of(net)
     before = {name: (id(t), t.stride(), t.clone()) for name, t in params.items()}
-    rise(params, net, x, 1, samples=96, cells=3)
+    rise(params, net, x, 1, samples=96, grid=3)
     assert all(id(t) == before[n][0] and t.stride() == before[n][1] for n, t in params.items())
     assert all(torch.equal(t, before[n][2]) for n, t in params.items())
     assert net.body[0].weight.is_contiguous()
@@ -89,7 +89,7 @@ def test_no_layout_is_tried_where_a_derivative_or_a_transform_looks_on():
     mapped = vmap(lambda one: masks_of(net, one[None]))(x)
     torch.testing.assert_close(mapped, loop, rtol=1e-4, atol=1e-5)
     wanted = {name: t.clone().requires_grad_(t.ndim > 1) for name, t in params.items()}
-    rise(wanted, net, x, 1, samples=96, cells=3).sum().backward()
+    rise(wanted, net, x, 1, samples=96, grid=3).sum().backward()
     assert all(t.grad is not None and t.grad.isfinite().all() for t in wanted.values() if t.requires_grad)
 
 
@@ -99,20 +99,20 @@ def test_targets_and_optimised_masks_on_the_layout(monkeypatch):
 
     def both() -> tuple[Tensor, Tensor]:
         one = extremal_perturbation(params_of(net), net, x, 1, **how)
-        return one, over_targets(rise)(params_of(net), net, x, range(4), samples=64, cells=3)
+        return one, over_targets(rise)(params_of(net), net, x, range(4), samples=64, grid=3)
 
     found = both()
     assert STRIDES[-1][1] == 1
-    monkeypatch.setattr(_cover, "WORTH", 10**9)
+    monkeypatch.setattr("pullback._core.masked.MIN_FORWARDS", 10**9)
     for a, b in zip(found, both()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_as_many_rows_as_the_budget_holds():
     cpu = torch.device("cpu")
-    assert rows_together(FORWARDS[0] // 4, cpu) == 4
-    assert rows_together(10 * FORWARDS[0], cpu) == 1
-    assert rows_together(1, cpu) == MOST
+    assert rows_together(FORWARD_BYTES[0] // 4, cpu) == 4
+    assert rows_together(10 * FORWARD_BYTES[0], cpu) == 1
+    assert rows_together(1, cpu) == MAX_ROWS
     assert rows_together(2**20, torch.device("cuda"), (0, 2**23)) == 8
 
 
@@ -130,7 +130,9 @@ def test_points_go_together_as_the_budget_holds_unless_asked_otherwise(method, m
     whole, at_once = run(chunk_size=None)
     assert at_once == [20]
     assert run()[1] == [20]  # this small, all of them
-    monkeypatch.setattr(_targets, "GRADIENTS", (4 * ENLARGED * x.numel() * x.element_size(), 0))
+    monkeypatch.setattr(
+        "pullback._core.many.copies.GRADIENT_BYTES", (4 * ACTIVATION_PER_INPUT * x.numel() * x.element_size(), 0)
+    )
     parts, in_parts = run()
     assert in_parts == [8, 8, 4]
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
@@ -141,9 +143,11 @@ def test_points_go_together_as_the_budget_holds_unless_asked_otherwise(method, m
 
 def test_masks_are_summed_many_at_once(monkeypatch):
     net, x = Net().eval(), torch.rand(2, 3, 15, 15)
-    whole = over_targets(rise)(params_of(net), net, x, range(4), samples=20, cells=3, chunk_size=3)
-    monkeypatch.setattr(perturbations, "HELD", 7 * 15 * 15 * 4)  # 7 masks: after chunks of 3, 9 at a time
-    parts = over_targets(rise)(params_of(net), net, x, range(4), samples=20, cells=3, chunk_size=3)
+    whole = over_targets(rise)(params_of(net), net, x, range(4), samples=20, grid=3, chunk_size=3)
+    monkeypatch.setattr(
+        "pullback.attribution.perturbation.rise.HELD_MASK_BYTES", 7 * 15 * 15 * 4
+    )  # 7 masks: after chunks of 3, 9 at a time
+    parts = over_targets(rise)(params_of(net), net, x, range(4), samples=20, grid=3, chunk_size=3)
     torch.testing.assert_close(parts, whole)
 
 

@@ -143,15 +143,15 @@ def test_blending_is_linear_between_levels(levels):
 
 def test_what_covers():
     x = uniform(2, 3, 5, 5)
-    assert not masks.covering(x, None).any()
-    assert bool((masks.covering(x, 0.5) == 0.5).all())
-    assert masks.covering(x, x[:1]) is not None
-    torch.testing.assert_close(masks.covering(x, "blur", 2.0), maps.smooth(x, 2.0))
-    torch.testing.assert_close(masks.covering(x, lambda x: 2 * x), 2 * x)
+    assert not masks.fill(x, None).any()
+    assert bool((masks.fill(x, 0.5) == 0.5).all())
+    assert masks.fill(x, x[:1]) is not None
+    torch.testing.assert_close(masks.fill(x, "blur", 2.0), maps.smooth(x, 2.0))
+    torch.testing.assert_close(masks.fill(x, lambda x: 2 * x), 2 * x)
     with pytest.raises(ValueError, match="`baseline` must be 'mean'"):
-        masks.covering(x, "median")
+        masks.fill(x, "median")
     with pytest.raises(ValueError, match=r"`baseline` must broadcast to \[2, 3, 5, 5\], got \[4\]"):
-        masks.covering(x, torch.zeros(4))
+        masks.fill(x, torch.zeros(4))
     with pytest.raises(ValueError, match="`perturbation` must be 'blur' or 'fade'"):
         masks.pyramid(x, "noise")
     with pytest.raises(ValueError, match="`levels` must be at least 2"):

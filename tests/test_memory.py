@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallo
 
 BEGIN = """
     import resource, torch
-    from pullback import _batch, keep_memory
+    from pullback import integrated_gradients, keep_memory
+    from pullback._core.batching import chunks
 
     def fetched(parts):
         '''Fetch pages, in megabytes, for 20 times a tensor of 64 MB beside one of 16 MB.'''
@@ -45,10 +46,12 @@ def test_memory_is_kept_for_a_while():
     """)
 
 
-def test_it_is_kept_between_parts():
+def test_a_method_by_itself_keeps_nothing():
+    """What keeps memory changes the allocator of the whole process, so that it takes a caller's word."""
     in_a_process_of_its_own("""
-        assert fetched(_batch.chunks(1, 1)) > 64
-        assert fetched(_batch.chunks(20, 1)) < 2 * 80
+        model, x = torch.nn.Linear(2**20, 2), torch.ones(4, 2**20)
+        integrated_gradients({}, model, x, 0, steps=20, chunk_size=1)
+        assert fetched(chunks(20, 1)) > 20 * 64
     """)
 
 

@@ -19,7 +19,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(*layers).double().eval().requires_grad_(False)
 
 
-def scene() -> tuple[dict[str, torch.Tensor], nn.Module, torch.Tensor, torch.Tensor]:
+def masked() -> tuple[dict[str, torch.Tensor], nn.Module, torch.Tensor, torch.Tensor]:
     model = network()
     x, map = torch.rand(2, 3, 6, 7, dtype=torch.float64), torch.randn(2, 1, 6, 7, dtype=torch.float64)
     map[1] = (2 * map[1]).round()  # with ties
@@ -56,7 +56,7 @@ MAPS = {
 
 @pytest.mark.parametrize("steps", [1, 5, 42, 1000])
 def test_deletion_and_insertion(steps):
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     blurred = maps.smooth(x, 10.0)
     for metric, start, end in ((metrics.deletion, x, 0 * x), (metrics.insertion, blurred, x)):
 
@@ -72,7 +72,7 @@ def test_deletion_and_insertion(steps):
 
 
 def test_baselines_and_scores():
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     mean = x.mean((2, 3), keepdim=True).expand_as(x)
     given = torch.rand_like(x)
     for baseline, paint in (("mean", mean), (0.3, torch.full_like(x, 0.3)), (given, given), (torch.sqrt, x.sqrt())):
@@ -80,7 +80,7 @@ def test_baselines_and_scores():
         def area(i, x, paint, map):
             return slow.trapezoids(*slow.way(logit(model, int(TARGET[i])), x, paint, map[0, 0], 6))
 
-        found = metrics.deletion(params, model, x, TARGET, map, steps=6, baseline=baseline, squash=None)
+        found = metrics.deletion(params, model, x, TARGET, map, steps=6, baseline=baseline, link=None)
         torch.testing.assert_close(found, each(area, x, paint, map))
 
 
@@ -94,7 +94,7 @@ def test_noise_has_the_spread_of_the_image():
     x = torch.rand(2, 3, 64, 64) * torch.tensor([1.0, 2.0, 5.0]).reshape(3, 1, 1) + 7
     draws = []
     for seed in (0, 0, 1):
-        metrics.insertion({}, model, x, None, x[:, :1], steps=1, baseline="noise", squash=None, seed=seed)
+        metrics.insertion({}, model, x, None, x[:, :1], steps=1, baseline="noise", link=None, seed=seed)
         draws.append(seen[-1][:2])
     torch.testing.assert_close(draws[0].mean((2, 3)), x.mean((2, 3)), rtol=0.03, atol=0)
     torch.testing.assert_close(draws[0].std((2, 3)), x.std((2, 3)), rtol=0.05, atol=0)
@@ -103,7 +103,7 @@ def test_noise_has_the_spread_of_the_image():
 
 
 def test_irof():
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     segments = torch.stack([torch.arange(42) // 5, torch.arange(42) % 4]).reshape(2, 1, 6, 7)  # 9 and 4 of them
     paint = x.mean((2, 3), keepdim=True).expand_as(x)
 
@@ -120,14 +120,14 @@ def test_irof_finds_superpixels():
     pytest.importorskip("skimage")
     from pullback.masks._grids import superpixels
 
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     expected = metrics.irof(params, model, x, TARGET, map, segments=superpixels(x))
     assert torch.equal(metrics.irof(params, model, x, TARGET, map), expected)
 
 
 @pytest.mark.parametrize("least_first", [False, True])
 def test_road(least_first):
-    params, model, x, map = scene()
+    params, model, x, map = masked()
 
     def mean(i, x, map):
         return slow.road(probability(model, int(TARGET[i])), x, map[0, 0], SHARES, least_first)
@@ -155,7 +155,7 @@ def test_filling_in(height, width):
 
 
 def test_information():
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     blurred = maps.smooth(x, 10.0)
 
     def softmax(i, x, blurred, map):
@@ -189,8 +189,8 @@ def test_bits():
 
 def test_information_of_ones_own():
     """A count of the pixels in view, which makes the axis of information one of shares."""
-    params, model, x, map = scene()
-    how = {"baseline": -1.0, "squash": None, "shares": [step / 42 for step in range(1, 42)], "return_info": True}
+    params, model, x, map = masked()
+    how = {"baseline": -1.0, "link": None, "shares": [step / 42 for step in range(1, 42)], "return_info": True}
     _, info = metrics.softmax_information(
         params, model, x, TARGET, map, information=lambda images: (images[:, 0] > -1).sum((1, 2)).double(), **how
     )
@@ -198,7 +198,7 @@ def test_information_of_ones_own():
 
 
 def test_drop_and_increase():
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     drops, rises = (
         metrics.average_drop(params, model, x, TARGET, map),
         metrics.average_increase(params, model, x, TARGET, map),
@@ -213,7 +213,7 @@ def test_drop_and_increase():
 
 
 def test_completeness():
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     attribution, baseline = torch.randn_like(x), torch.rand_like(x)
     found = metrics.completeness(params, model, x, TARGET, attribution, baseline=baseline)
     expected = []
@@ -233,7 +233,7 @@ def test_completeness():
 
 
 def test_infidelity():
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     attribution = gradient(params, model, x, TARGET)
     draws = torch.randn(7, *x.shape, dtype=torch.float64)
 
@@ -284,7 +284,7 @@ def test_perturbations_of_infidelity():
 @pytest.mark.parametrize("name", MAPS)
 def test_each_example_on_its_own(name):
     metric, how = MAPS[name]
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     whole = metric(params, model, x, TARGET, map, **how)
     assert whole.shape == (2,)
     alone = torch.cat([metric(params, model, x[i : i + 1], TARGET[i : i + 1], map[i : i + 1], **how) for i in range(2)])
@@ -297,7 +297,7 @@ def test_each_example_on_its_own(name):
 @pytest.mark.parametrize("name", MAPS)
 def test_many_maps_at_once(name):
     metric, how = MAPS[name]
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     many = torch.stack([map, -map, map.exp()])
     together = torch.vmap(lambda m: metric(params, model, x, TARGET, m, **how))(many)
     in_turn = torch.stack([metric(params, model, x, TARGET, m, **how) for m in many])
@@ -309,7 +309,7 @@ def test_many_maps_at_once(name):
 @pytest.mark.parametrize("name", ["deletion", "insertion", "road", "softmax_information"])
 def test_many_seeds_at_once(name):
     metric, how = MAPS[name]
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     how = how if name == "road" else {**how, "baseline": "noise"}
     how |= {"information": lambda images: images.square().sum((1, 2, 3))} if name == "softmax_information" else {}
     together = torch.vmap(lambda seed: metric(params, model, x, TARGET, map, seed=seed, **how))(torch.arange(3))
@@ -321,7 +321,7 @@ def test_many_seeds_at_once(name):
 @pytest.mark.parametrize("name", MAPS)
 def test_bounds_and_nan(name):
     metric, how = MAPS[name]
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     found = metric(params, model, x, TARGET, map, **how).double()
     low, high = metrics.METRICS[name].range
     assert ((found >= low) & (found <= high)).all()
@@ -334,7 +334,7 @@ def test_bounds_and_nan(name):
 @pytest.mark.parametrize("name", MAPS)
 def test_the_inputs_stay_as_they_are(name):
     metric, how = MAPS[name]
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     before = [t.clone() for t in (x, map, *params.values())]
     state = torch.random.get_rng_state()
     with torch.inference_mode():
@@ -360,9 +360,9 @@ def test_a_better_map_is_judged_better():
             continue
         how = {"segments": cells.reshape(1, 1, 12, 12)} if name == "irof" else {}
         how |= {} if name == "road" else {"baseline": 0.0}
-        good, bad = (float(metric({}, model, x, None, m, squash=None, **how)) for m in (right, -right))
+        good, bad = (float(metric({}, model, x, None, m, link=None, **how)) for m in (right, -right))
         assert good > bad if metrics.METRICS[name].higher else good < bad, name
-    drops = [float(metrics.average_drop({}, model, x, None, m, squash=None)) for m in (right, -right)]
+    drops = [float(metrics.average_drop({}, model, x, None, m, link=None)) for m in (right, -right)]
     assert drops[0] < drops[1]
 
 
@@ -370,14 +370,14 @@ def test_features_and_tokens():
     linear = nn.Linear(9, 3).double()
     x = torch.rand(4, 9).double()
     a = input_x_gradient(params_of(linear), linear, x, 0)
-    best, worst = (metrics.deletion(params_of(linear), linear, x, 0, s * a, squash=None) for s in (1, -1))
+    best, worst = (metrics.deletion(params_of(linear), linear, x, 0, s * a, link=None) for s in (1, -1))
     assert (best <= worst).all()
 
     def tokens(params, x):
         return x.mean(1)
 
     x, map = torch.rand(2, 5, 3), torch.rand(2, 1, 5)
-    _, info = metrics.insertion({}, tokens, x, 0, map, tokens=True, baseline=None, squash=None, return_info=True)
+    _, info = metrics.insertion({}, tokens, x, 0, map, tokens=True, baseline=None, link=None, return_info=True)
     first = map.flatten(1).argmax(1)
     torch.testing.assert_close(info["curve"][:, 1], x[torch.arange(2), first, 0] / 5)
 
@@ -388,7 +388,7 @@ def test_features_and_tokens():
 @pytest.mark.parametrize("name", MAPS)
 def test_maps_that_do_not_fit(name):
     metric, how = MAPS[name]
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     for wrong in (map[:1], map[..., :-1], map.expand(2, 3, 6, 7)):
         with pytest.raises(ValueError, match="`map` must be"):
             metric(params, model, x, TARGET, wrong, **how)
@@ -401,7 +401,7 @@ def test_maps_that_do_not_fit(name):
 
 
 def test_options_out_of_range():
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     call = params, model, x, TARGET, map
     with pytest.raises(ValueError, match="`steps` must be at least 1"):
         metrics.deletion(*call, steps=0)
@@ -436,7 +436,7 @@ def test_options_out_of_range():
 
 
 def test_progress_is_told():
-    params, model, x, map = scene()
+    params, model, x, map = masked()
     told = []
     metrics.deletion(params, model, x, TARGET, map, steps=9, chunk_size=4, progress=lambda *done: told.append(done))
     assert told == [(4, 10), (8, 10), (10, 10)]

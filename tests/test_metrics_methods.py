@@ -21,7 +21,7 @@ def network(classes: int = 4) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(8, classes)).double().eval().requires_grad_(False)
 
 
-def scene() -> tuple[dict[str, torch.Tensor], nn.Sequential, torch.Tensor, torch.Tensor]:
+def masked() -> tuple[dict[str, torch.Tensor], nn.Sequential, torch.Tensor, torch.Tensor]:
     model = network()
     return params_of(model), model, torch.randn(3, 1, 6, 6, dtype=torch.float64), TARGET
 
@@ -37,7 +37,7 @@ def explain(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("relative", [True, False])
 def test_sensitivity(relative):
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     noise = 0.3 * (2 * uniform(4, torch.arange(7), x.shape[1:], x.dtype) - 1)
     changes = torch.zeros(7, 3, dtype=torch.float64)
     for i in range(3):
@@ -53,7 +53,7 @@ def test_sensitivity(relative):
 
 
 def test_local_lipschitz():
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     noise = 0.2 * normal(4, torch.arange(7), x.shape[1:], x.dtype)
     quotients = torch.zeros(7, 3, dtype=torch.float64)
     for i in range(3):
@@ -67,7 +67,7 @@ def test_local_lipschitz():
 
 @pytest.mark.parametrize("metric", ROBUSTNESS)
 def test_robustness_obeys_its_laws(metric):
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     whole = metric(params, model, x, target, gradient, samples=6)
     assert (whole > 0).all()
     alone = [metric(params, model, x[i : i + 1], int(target[i]), gradient, samples=6) for i in range(3)]
@@ -77,8 +77,8 @@ def test_robustness_obeys_its_laws(metric):
     in_turn = [metric(params, model, x, target, gradient, samples=6, seed=seed) for seed in range(3)]
     torch.testing.assert_close(seeds, torch.stack(in_turn))
     assert not torch.allclose(seeds[0], seeds[1])
-    still = metric(params, model, x, target, lambda params, model, x, target: x * 0 + 2, samples=6)
-    assert torch.equal(still, torch.zeros_like(still))
+    unmoved = metric(params, model, x, target, lambda params, model, x, target: x * 0 + 2, samples=6)
+    assert torch.equal(unmoved, torch.zeros_like(unmoved))
     lost = metric(params, model, x, target, lambda params, model, x, target: x * math.nan, samples=6)
     assert lost.isnan().all()
 
@@ -87,13 +87,13 @@ def test_explanations_drawn_anew_are_the_root_of_two_away():
     def drawn(params, model, x, target):
         return torch.randn(len(x), 4000)
 
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     for metric in (metrics.max_sensitivity, metrics.average_sensitivity):
         torch.testing.assert_close(metric(params, model, x, target, drawn), torch.full((3,), 2**0.5), rtol=0.06, atol=0)
 
 
 def test_scale_and_more_draws():
-    params, model, x, target = scene()
+    params, model, x, target = masked()
 
     def scaled(params, model, x, target):
         return -5 * gradient(params, model, x, target)
@@ -117,7 +117,7 @@ def test_several_inputs_and_options_of_the_method():
         found = metric(params, pair, x, 1, input_x_gradient)
         assert found.shape == (5,)
         assert (found > 0).all()
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     of_layer = metrics.max_sensitivity(params, model, x, target, gradient, layer="4")
     torch.testing.assert_close(
         of_layer,
@@ -127,7 +127,7 @@ def test_several_inputs_and_options_of_the_method():
 
 @pytest.mark.parametrize("metric", ROBUSTNESS)
 def test_errors_of_robustness(metric):
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     with pytest.raises(ValueError, match="`samples` must be at least 1"):
         metric(params, model, x, target, gradient, samples=0)
     size = "noise" if metric is metrics.local_lipschitz else "radius"
@@ -158,7 +158,7 @@ def test_likeness():
     torch.testing.assert_close(_likeness("cosine")(a, b), torch.cosine_similarity(a, b))
     assert _likeness("cosine")(0 * a, b).tolist() == [0] * 6
     with pytest.raises(ValueError, match="`similarity` must be one of spearman, pearson, cosine"):
-        metrics.random_logit(*scene(), gradient, similarity="kendall")
+        metrics.random_logit(*masked(), gradient, similarity="kendall")
 
 
 LAYERS = ["6", "4", "1", "0"]  # the top one first
@@ -172,7 +172,7 @@ def redrawn(model: nn.Module, stage: int, mode: str, values: dict[str, torch.Ten
 
 @pytest.mark.parametrize("mode", ["cascading", "independent"])
 def test_parameter_randomisation(mode):
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     given = {name: torch.randn(5, *p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
     how = {"samples": 5, "mode": mode, "draw": lambda name, old, index: given[name][index], "return_info": True}
     found, info = metrics.parameter_randomisation(params, model, x, target, gradient, **how)
@@ -193,7 +193,7 @@ def test_parameter_randomisation(mode):
 
 
 def test_what_is_drawn():
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     seen = []
 
     def method(params, model, x, target):
@@ -217,7 +217,7 @@ def test_what_is_drawn():
 
 
 def test_layers_of_ones_own():
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     call = params, model, x, target, gradient
     _, info = metrics.parameter_randomisation(*call, samples=2, layers=["6", "4"], return_info=True)
     _, whole = metrics.parameter_randomisation(*call, samples=2, return_info=True)
@@ -233,7 +233,7 @@ def test_layers_of_ones_own():
 
 
 def test_seeds_of_randomisation_at_once():
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     for metric in (metrics.parameter_randomisation, metrics.random_logit):
         together = torch.vmap(lambda seed: metric(params, model, x, target, gradient, samples=3, seed=seed))(
             torch.arange(4)
@@ -262,7 +262,7 @@ def test_what_fails_the_test():
 
 @pytest.mark.parametrize("target", [1, [1, 0, 3], torch.tensor([2, 2, 0])])
 def test_random_logit(target):
-    params, model, x, _ = scene()
+    params, model, x, _ = masked()
     every = over_targets(gradient)(params, model, x, torch.arange(4))  # [class batch ...]
     own = torch.as_tensor(target).expand(3).tolist()
     found = metrics.random_logit(params, model, x, target, gradient, samples=1, seed=3)
@@ -281,7 +281,7 @@ def test_random_logit(target):
 
 
 def test_nan_and_constant_explanations():
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     for metric in (metrics.parameter_randomisation, metrics.random_logit):
         assert metric(params, model, x, target, lambda params, model, x, target: x * math.nan).isnan().all()
         found = metric(params, model, x, target, lambda params, model, x, target: x * 0)
@@ -289,7 +289,7 @@ def test_nan_and_constant_explanations():
 
 
 def test_the_model_stays_as_it_is():
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     before = [t.clone() for t in (x, *params.values())]
     held = [p.data_ptr() for p in model.parameters()]
     state = torch.random.get_rng_state()
@@ -300,7 +300,7 @@ def test_the_model_stays_as_it_is():
 
 
 def test_errors_of_randomisation():
-    params, model, x, target = scene()
+    params, model, x, target = masked()
     call = params, model, x, target, gradient
     with pytest.raises(ValueError, match="`mode` must be 'cascading' or 'independent'"):
         metrics.parameter_randomisation(*call, mode="sideways")

@@ -172,9 +172,9 @@ def test_quadratures(quadrature):
 def test_gauss_is_complete_to_1e_6_with_50_nodes():
     params, model, x, _ = ready(MLP)
     attribution, info = integrated_gradients(params, model, 5 * x, 1, return_info=True)
-    assert float(info["gap"].abs().max()) < 1e-6
+    assert float(info["convergence_delta"].abs().max()) < 1e-6
     gap = attribution.sum(1) - (model(5 * x) - model(0 * x))[:, 1].detach()
-    torch.testing.assert_close(info["gap"], gap, rtol=0, atol=1e-12)
+    torch.testing.assert_close(info["convergence_delta"], gap, rtol=0, atol=1e-12)
 
 
 def test_several_baselines_are_their_mean():
@@ -183,7 +183,7 @@ def test_several_baselines_are_their_mean():
     many, info = integrated_gradients(params, model, x, 1, baseline=starts, steps=4, chunk_size=5, return_info=True)
     parts = [integrated_gradients(params, model, x, 1, baseline=b, steps=4, return_info=True) for b in starts]
     same(many, sum(a for a, _ in parts) / 3, 1e-9)
-    same(info["gap"], sum(i["gap"] for _, i in parts) / 3, 1e-9)
+    same(info["convergence_delta"], sum(i["convergence_delta"] for _, i in parts) / 3, 1e-9)
 
 
 def test_any_path():
@@ -198,7 +198,7 @@ def test_any_path():
     )
     same(integrated_gradients(params, model, x, 2, baseline=start, path=bent, steps=4), expected, 1e-8)
     info = integrated_gradients(params, model, x, 2, baseline=start, path=bent, steps=40, return_info=True)[1]
-    assert float(info["gap"].abs().max()) < 1e-6
+    assert float(info["convergence_delta"].abs().max()) < 1e-6
 
 
 def test_at_a_layer_the_path_is_that_of_activations():
@@ -211,7 +211,7 @@ def test_at_a_layer_the_path_is_that_of_activations():
     )
     same(ours, (end - begin) * slopes, 1e-9)
     between = model(x)[:, 1].detach() - _score_from(model, x, begin, "norm1").detach()
-    same(info["gap"], ours.flatten(1).sum(1) - between, 1e-9)
+    same(info["convergence_delta"], ours.flatten(1).sum(1) - between, 1e-9)
 
 
 def _score_from(model, x, value, layer):
@@ -237,8 +237,8 @@ def test_words_have_their_own_baseline():
     difference = (model(**x) - model(pad, x["attention_mask"]))[:, 1].detach()
     same(ours.sum((1, 2)), difference, 1e-8)
     zero = integrated_gradients(params, model, x, 1, layer="embed", steps=30, return_info=True)[1]
-    assert float(zero["gap"].abs().max()) < 1e-8
-    assert float(info["gap"].abs().max()) < 1e-8
+    assert float(zero["convergence_delta"].abs().max()) < 1e-8
+    assert float(info["convergence_delta"].abs().max()) < 1e-8
 
 
 def test_of_a_neuron():

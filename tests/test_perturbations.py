@@ -68,7 +68,7 @@ def test_occlusion_over_tokens():
     x = torch.randn(2, 4, 3, dtype=torch.float64)
     ours = occlusion(params_of(model), model, x, 0, window=1, stride=1, tokens=True)
     features = torch.arange(4)[:, None].expand(4, 3)
-    theirs = feature_ablation(params_of(model), model, x, 0, features=features)
+    theirs = feature_ablation(params_of(model), model, x, 0, feature_mask=features)
     torch.testing.assert_close(ours[:, 0], theirs[:, :, 0])
     with pytest.raises(ValueError, match=r"`tokens` needs \[batch token channel\]"):
         occlusion({}, lambda params, x: x.sum((1, 2, 3)), torch.zeros(1, 1, 2, 2), None, tokens=True)
@@ -94,25 +94,25 @@ def test_occlusion_at_a_layer_covers_its_activation():
 
 
 @pytest.mark.parametrize(
-    ("squash", "normalise"), [("softmax", True), ("sigmoid", False), (None, True), (torch.exp, True)]
+    ("link", "normalise"), [("softmax", True), ("sigmoid", False), (None, True), (torch.exp, True)]
 )
-def test_rise_averages_masks_by_score(squash, normalise):
+def test_rise_averages_masks_by_score(link, normalise):
     model, x = image_net()
-    ours = rise(params_of(model), model, x, 1, samples=9, cells=3, p=0.4, squash=squash, normalise=normalise, seed=5)
+    ours = rise(params_of(model), model, x, 1, samples=9, grid=3, p=0.4, link=link, normalise=normalise, seed=5)
     index = torch.arange(9)
     grids = (uniform(5, index, (3, 3), torch.float64) < 0.4).double()
     shifts = (uniform(5, index, (2,), torch.float32, stream=1) * 3).long()
     total = torch.zeros(2, 1, 7, 7, dtype=torch.float64)
     for mask in masks.grid_masks(grids, shifts, (7, 7)):
         y = model(x * mask).detach()
-        y = {"softmax": y.softmax(1), "sigmoid": y.sigmoid(), None: y, torch.exp: y.exp()}[squash]
+        y = {"softmax": y.softmax(1), "sigmoid": y.sigmoid(), None: y, torch.exp: y.exp()}[link]
         total += y[:, 1, None, None, None] * mask
     torch.testing.assert_close(ours, total / 9 / (0.4 if normalise else 1))
 
 
 def test_rise_does_not_depend_on_the_chunk():
     model, x = image_net()
-    maps = [rise(params_of(model), model, x, 1, samples=7, cells=3, chunk_size=size) for size in (None, 1, 3)]
+    maps = [rise(params_of(model), model, x, 1, samples=7, grid=3, chunk_size=size) for size in (None, 1, 3)]
     torch.testing.assert_close(maps[0], maps[1])
     torch.testing.assert_close(maps[0], maps[2])
 
@@ -120,9 +120,9 @@ def test_rise_does_not_depend_on_the_chunk():
 def test_rise_for_all_classes_is_linear_in_the_target():
     """A cotangent over the probabilities weighs the maps of the classes."""
     model, x = image_net()
-    each = over_targets(rise)(params_of(model), model, x, range(CLASSES), samples=6, cells=3)
+    each = over_targets(rise)(params_of(model), model, x, range(CLASSES), samples=6, grid=3)
     weights = torch.randn(2, CLASSES, dtype=torch.float64)
-    mixed = rise(params_of(model), model, x, weights, samples=6, cells=3)
+    mixed = rise(params_of(model), model, x, weights, samples=6, grid=3)
     torch.testing.assert_close(mixed, torch.einsum("bc,cbkhw->bkhw", weights, each))
 
 
@@ -131,8 +131,8 @@ def test_what_rise_refuses():
     for options, message in (
         ({"samples": 0}, "`samples` must be at least 1, got 0"),
         ({"p": 0.0}, "`p` must be a probability above 0"),
-        ({"squash": "tanh"}, "`squash` must be 'softmax'"),
-        ({"cells": 1}, "`cells` must be at least 2"),
+        ({"link": "tanh"}, "`link` must be 'softmax'"),
+        ({"grid": 1}, "`(grid|cells)` must be at least 2"),
     ):
         with pytest.raises(ValueError, match=message):
             rise(params_of(model), model, x, 0, **{"samples": 2, **options})
@@ -148,7 +148,7 @@ def test_ablation_of_groups_across_tensors():
 
     x = (torch.rand(2, 3, dtype=torch.float64), torch.rand(2, 2, dtype=torch.float64))
     features = (torch.tensor([0, 0, 1]), torch.tensor([1, 2]))
-    a, b = feature_ablation(None, model, x, None, features=features)
+    a, b = feature_ablation(None, model, x, None, feature_mask=features)
     whole = x[0].sum(1) * x[1].sum(1)
     without = [x[0][:, 2] * x[1].sum(1), x[0][:, :2].sum(1) * x[1][:, 1], x[0].sum(1) * x[1][:, 0]]
     torch.testing.assert_close(a, torch.stack([whole - without[k] for k in (0, 0, 1)], 1))
@@ -158,21 +158,21 @@ def test_ablation_of_groups_across_tensors():
 def test_features_of_each_example():
     model, x = vector_net()
     features = torch.stack([torch.arange(6), torch.arange(6) % 2, torch.zeros(6, dtype=torch.long)])
-    together = feature_ablation(params_of(model), model, x, 1, features=features, baseline="mean")
+    together = feature_ablation(params_of(model), model, x, 1, feature_mask=features, baseline="mean")
     for i in range(3):
-        alone = feature_ablation(params_of(model), model, x[i : i + 1], 1, features=features[i], baseline="mean")
+        alone = feature_ablation(params_of(model), model, x[i : i + 1], 1, feature_mask=features[i], baseline="mean")
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
 def test_what_features_must_be():
     model, x = vector_net()
     for features, error, message in (
-        (torch.zeros(6), TypeError, "`features` must be an integer tensor.*float32"),
-        (torch.arange(5), ValueError, r"`features` must broadcast to \[6\]"),
-        (torch.arange(6) - 1, ValueError, "`features` must number groups from 0"),
+        (torch.zeros(6), TypeError, "`feature_mask` must be an integer tensor.*float32"),
+        (torch.arange(5), ValueError, r"`feature_mask` must broadcast to \[6\]"),
+        (torch.arange(6) - 1, ValueError, "`feature_mask` must number groups from 0"),
     ):
         with pytest.raises(error, match=message):
-            feature_ablation(params_of(model), model, x, 0, features=features)
+            feature_ablation(params_of(model), model, x, 0, feature_mask=features)
     with pytest.raises(TypeError, match="`x` holds no floating-point tensor"):
         feature_ablation(params_of(model), model, torch.zeros(1, 6).long(), 0)
 
@@ -216,7 +216,7 @@ def test_kernel_shap_over_all_coalitions_is_exact():
     model, x = vector_net()
     ours = kernel_shap(params_of(model), model, x, 1, baseline=0.3, samples=62)
     torch.testing.assert_close(ours, exact(model, x, 1))
-    one = kernel_shap(params_of(model), model, x, 1, features=torch.zeros(6).long())
+    one = kernel_shap(params_of(model), model, x, 1, feature_mask=torch.zeros(6).long())
     torch.testing.assert_close(one[:, 0], (model(x) - model(0 * x))[:, 1].detach())
 
 
@@ -304,13 +304,13 @@ def quadrants(params: None, x: Tensor) -> Tensor:
 
 def test_sobol_shares_of_an_additive_score():
     """Shares of the variance go with the squares of the weights, and cells that do not count have none."""
-    map = sobol_attribution(None, quadrants, torch.ones(1, 1, 2, 2).double(), None, cells=2, samples=512)[0, 0]
+    map = sobol_attribution(None, quadrants, torch.ones(1, 1, 2, 2).double(), None, grid=2, samples=512)[0, 0]
     torch.testing.assert_close(map, torch.tensor([[0.8, 0.2], [0.0, 0.0]]).double(), rtol=0, atol=0.05)
 
 
 def test_hsic_is_the_trace_and_ranks_by_dependence():
     x = torch.ones(1, 1, 2, 2).double()
-    map = hsic_attribution(None, quadrants, x, None, cells=2, samples=64, seed=1)[0, 0]
+    map = hsic_attribution(None, quadrants, x, None, grid=2, samples=64, seed=1)[0, 0]
     assert map[0, 0] > map[0, 1] > 3 * map[1].max()
     z = (uniform(1, torch.arange(64), (4,), torch.float32) < 0.5).double()
     y = 2 * z[:, 0] + z[:, 1]
@@ -346,7 +346,7 @@ def test_d_rise_finds_the_object():
         return torch.cat([box[:, :4], certain[:, None], box[:, 5:]], 1).unsqueeze(1)
 
     target = similar_detections(torch.tensor([0.0, 0, 8, 8]), torch.tensor([1.0, 0.0]))
-    map = rise(None, detector, torch.ones(2, 1, 16, 16), target, samples=300, cells=4)
+    map = rise(None, detector, torch.ones(2, 1, 16, 16), target, samples=300, grid=4)
     assert bool((map[:, 0, :8, :8].mean((1, 2)) > 1.1 * map[:, 0, 8:, 8:].mean((1, 2))).all())
 
 
@@ -367,7 +367,7 @@ def test_occlusion_and_ablation_are_captums(captum):
         torch.testing.assert_close(ours, theirs.detach().to(ours.dtype), rtol=1e-5, atol=1e-6)
     ids = torch.randint(0, 5, (1, 2, 7, 7), generator=torch.Generator().manual_seed(0))
     theirs = captum.FeatureAblation(model).attribute(x, target=1, feature_mask=ids).to(x.dtype)
-    ours = feature_ablation(params_of(model), model, x, 1, features=ids)
+    ours = feature_ablation(params_of(model), model, x, 1, feature_mask=ids)
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -421,7 +421,7 @@ def test_lime_and_kernel_shap_are_captums_for_the_same_samples(captum):
 def test_targets_seeds_and_inputs_at_once():
     model, x = image_net()
     seeds, targets = torch.tensor([1, 2]), torch.tensor([0, 3])
-    how = {"samples": 4, "cells": 2}
+    how = {"samples": 4, "grid": 2}
     call = lambda x, target, seed: rise(params_of(model), model, x, target, seed=seed, **how)  # noqa: E731
     many = vmap(vmap(vmap(call, (None, None, 0)), (None, 0, None)), (0, None, None))(
         torch.stack([x, -x]), targets, seeds

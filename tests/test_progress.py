@@ -42,21 +42,21 @@ from pullback import (
 )
 
 X = torch.rand(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
-THREE = {"features": torch.arange(9).reshape(1, 3, 3) % 3}
+THREE = {"feature_mask": torch.arange(9).reshape(1, 3, 3) % 3}
 AT_A_LAYER = {"layer": "0"}
 
 # options, how many there are in all, and how many go together
 LONG = {
     occlusion: ({"window": 1, "chunk_size": 2}, 9, 2),
-    rise: ({"samples": 5, "cells": 2, "chunk_size": 2}, 5, 2),
+    rise: ({"samples": 5, "grid": 2, "chunk_size": 2}, 5, 2),
     feature_ablation: ({"chunk_size": 2}, 18, 2),
     feature_permutation: ({"background": torch.rand(4, 2, 3, 3), "samples": 2, "chunk_size": 2, **THREE}, 6, 2),
     shapley_values: ({"chunk_size": 2, **THREE}, 8, 2),
     shapley_sampling: ({"samples": 2, "chunk_size": 2, **THREE}, 6, 2),
     kernel_shap: ({"samples": 4, "chunk_size": 2, **THREE}, 6, 2),
     lime: ({"samples": 7, "chunk_size": 2}, 7, 2),
-    sobol_attribution: ({"samples": 2, "cells": 2, "chunk_size": 2}, 12, 2),
-    hsic_attribution: ({"samples": 5, "cells": 2, "chunk_size": 2}, 5, 2),
+    sobol_attribution: ({"samples": 2, "grid": 2, "chunk_size": 2}, 12, 2),
+    hsic_attribution: ({"samples": 5, "grid": 2, "chunk_size": 2}, 5, 2),
     extremal_perturbation: ({"iterations": 3, "areas": 0.5}, 3, 1),
     meaningful_perturbation: ({"iterations": 3}, 3, 1),
     smooth_grad: ({"samples": 5, "chunk_size": 2}, 5, 2),
@@ -85,11 +85,13 @@ def small_net():
 
 
 def test_every_method_that_tells_is_in_the_table():
-    tell = [getattr(pullback, name) for name in pullback.__all__]
-    tell = {
-        method for method in tell if inspect.isfunction(method) and "progress" in inspect.signature(method).parameters
+    reporting = [getattr(pullback, name) for name in pullback.__all__]
+    reporting = {
+        method
+        for method in reporting
+        if inspect.isfunction(method) and "progress" in inspect.signature(method).parameters
     }
-    assert tell == set(LONG)
+    assert reporting == set(LONG)
 
 
 @each_method

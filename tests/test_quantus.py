@@ -122,7 +122,7 @@ def test_road():
     def highest(scores):
         return (scores == scores.amax(1, keepdim=True)).float()
 
-    how = {"shares": (0.1, 0.3, 0.5, 0.7), "noise": 0.0, "squash": highest, "return_info": True}
+    how = {"shares": (0.1, 0.3, 0.5, 0.7), "noise": 0.0, "link": highest, "return_info": True}
     _, info = metrics.road(params_of(model), model, x, TARGET, map, **how)
     assert info["curve"].mean(0).tolist() == pytest.approx(list(found.values()))
 

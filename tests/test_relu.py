@@ -161,7 +161,7 @@ def test_the_derivative_of_an_explanation_sees_the_rectifier_as_it_is(rules):
     of_the_explanation(rules)
 
 
-FORWARDS = []
+FORWARD_BYTES = []
 
 
 class Overwriting(nn.Module):
@@ -172,7 +172,7 @@ class Overwriting(nn.Module):
         self.first, self.act, self.last = nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        FORWARDS.append(1)
+        FORWARD_BYTES.append(1)
         h = self.first(x)
         y, z = self.act(h), h.clamp(0, 0.5)
         h.mul_(0)
@@ -194,9 +194,9 @@ def test_a_model_that_writes_to_what_its_rectifiers_keep(rules):
     (by_z,) = torch.autograd.grad(tail(at_z, 0.5), at_z, g * 2 * (y + 0.25))
     expected = (by_y + by_z) @ model.first.weight
     for forwards in (2, 1):  # found out by the first forward, then known
-        FORWARDS.clear()
+        FORWARD_BYTES.clear()
         torch.testing.assert_close(gradient(params_of(model), model, X, 1, rules=rules), expected.detach())
-        assert len(FORWARDS) == forwards
+        assert len(FORWARD_BYTES) == forwards
 
 
 # ---- rules of the user's own --------------------------------------------------------------------------------------

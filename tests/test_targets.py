@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pullback import grad_cam, gradient, guided_backprop, over_targets, params_of
-from pullback._core.many.state import LARGE_HEAD
+from pullback._core.many.state import LARGE_HEAD_NUMEL
 
 WIDTH, CLASSES = 40, 450
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -55,7 +55,7 @@ TARGETS = {
 def test_many_targets_give_what_a_loop_gives(name, kind, targets):
     method, options = METHODS[name]
     model = kind().double()
-    assert model.head.weight.numel() >= LARGE_HEAD
+    assert model.head.weight.numel() >= LARGE_HEAD_NUMEL
     params = params_of(model)
     loop = torch.stack([method(params, model, X, target, **options) for target in targets])
     for chunk_size in ("auto", 7):

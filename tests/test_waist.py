@@ -24,11 +24,11 @@ class Narrowing(nn.Module):
         self.head = nn.Linear(256, classes)
         self.double().eval()
 
-    def waist(self, x: Tensor) -> Tensor:
+    def bottleneck(self, x: Tensor) -> Tensor:
         return self.pool(self.act(self.early(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.late(self.waist(x)).flatten(1))
+        return self.head(self.late(self.bottleneck(x)).flatten(1))
 
 
 class Skips(Narrowing):
@@ -48,7 +48,7 @@ class Splits(Narrowing):
     """Of two parts of one operation one goes round the other."""
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.waist(x).split(8, 1)
+        a, b = self.bottleneck(x).split(8, 1)
         return self.head(self.late(torch.cat([a, a.sin()], 1)).flatten(1)) + b.mean((1, 2, 3))[:, None]
 
 
@@ -56,7 +56,7 @@ class Hooked(Narrowing):
     """A hook of the forward's own changes the derivative where the waist would be: everywhere that is small."""
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.waist(x)
+        h = self.bottleneck(x)
         if h.requires_grad:
             h.register_hook(lambda g: 2 * g)
         return self.head(self.late(h).flatten(1))
@@ -66,7 +66,7 @@ class Writes(Narrowing):
     """The waist is written to after it was made."""
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.waist(x)
+        h = self.bottleneck(x)
         h *= 2
         h[:, 3] = h[:, 4]
         return self.head(self.late(h + 1).flatten(1))
@@ -76,7 +76,8 @@ class Writes(Narrowing):
 def _small(monkeypatch):
     """Let the budget hold the cotangents of one target through early layers, and of 16 through late ones."""
     largest = 2 * 16 * 16 * 16 * 8
-    monkeypatch.setattr(_targets, "COTANGENTS", (4 * largest, 4 * largest))
+    for module in ("state", "shortcuts", "copies"):
+        monkeypatch.setattr(f"pullback._core.many.{module}.COTANGENT_BYTES", (4 * largest, 4 * largest))
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def cuts(monkeypatch):
         met.append(tensor)
         return between(output, tensor, cotangent)
 
-    monkeypatch.setattr(_targets, "_between", noted)
+    monkeypatch.setattr("pullback._core.many.pulls._between", noted)
     return met
 
 
@@ -116,7 +117,7 @@ def test_cut_in_two_it_is_what_a_loop_gives(name, targets, cuts):
     loop = torch.stack([method(params, model, X, target, **options) for target in targets])
     many = over_targets(method)(params, model, X, targets, **options)
     torch.testing.assert_close(many, loop)
-    assert {tuple(waist.shape[1:]) for waist in cuts} == {(16, 4, 4)}
+    assert {tuple(bottleneck.shape[1:]) for bottleneck in cuts} == {(16, 4, 4)}
 
 
 @pytest.mark.parametrize("kind", [Skips, SkipsFromTheInput, Splits, Hooked, Writes])
@@ -144,7 +145,7 @@ def test_neurons_of_a_layer(layer, cuts):
 
 
 def test_from_the_rows_of_a_head(cuts, monkeypatch):
-    monkeypatch.setattr(_targets, "LARGE_HEAD", 1)
+    monkeypatch.setattr("pullback._core.many.shortcuts.LARGE_HEAD_NUMEL", 1)
     model, targets = Narrowing(), torch.arange(CLASSES)
     params = params_of(model)
     loop = torch.stack([gradient(params, model, X, target) for target in targets])
@@ -189,7 +190,7 @@ def test_a_chunk_is_no_larger_than_was_asked(chunk_size, cuts, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(_targets, "_vectorised", noted)
+    monkeypatch.setattr("pullback._core.many.pulls._vectorised", noted)
     model, targets = Narrowing(), torch.arange(CLASSES)
     over_targets(gradient, chunk_size=chunk_size)(params_of(model), model, X, targets)
     assert max(sizes, default=0) <= (chunk_size or CLASSES)
@@ -218,7 +219,7 @@ def test_memory_is_that_of_a_chunk():
             return g
 
     class Observed(Narrowing):
-        def waist(self, x: Tensor) -> Tensor:
+        def bottleneck(self, x: Tensor) -> Tensor:
             return self.pool(Watched.apply(F.relu(self.early(x))))
 
     model = Observed()

@@ -1,4 +1,4 @@
-"""Evaluate several copies of a batch together: fold copies into the batch axis, a chunk of them at a time.
+"""How many copies of a batch run together.
 
 On a CPU a larger batch saves little, and one whose largest activation exceeds some tens of megabytes costs more.
 """
@@ -10,17 +10,16 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from pullback._torch.heap import FEW, hold_a_little, keep_memory
 from pullback._torch.internals import compiling
 
-Together: TypeAlias = "int | Literal['auto'] | None"  # how much goes together: None for all
+ChunkSize: TypeAlias = "int | Literal['auto'] | None"  # how much goes together: None for all
 Progress: TypeAlias = "Callable[[int, int], object] | None"
 
 # bytes of the largest activation of the rows that go together, on a CPU and elsewhere: in forwards alone, and where a
 # graph keeps all activations
-FORWARDS, GRADIENTS = (20 * 2**20, 512 * 2**20), (40 * 2**20, 128 * 2**20)
-ENLARGED = 8  # the largest activation of a network over its input, where it is not measured
-MOST = 1024  # rows that go together, however small
+FORWARD_BYTES, GRADIENT_BYTES = (20 * 2**20, 512 * 2**20), (40 * 2**20, 128 * 2**20)
+ACTIVATION_PER_INPUT = 8  # the largest activation of a network over its input, where it is not measured
+MAX_ROWS = 1024  # rows that go together, however small
 
 
 def budget_on(device: torch.device, budgets: tuple[int, int]) -> int:
@@ -28,26 +27,19 @@ def budget_on(device: torch.device, budgets: tuple[int, int]) -> int:
     return budgets[0 if device.type == "cpu" else 1]
 
 
-def rows_together(bytes_per_row: int, device: torch.device, budgets: tuple[int, int] = FORWARDS) -> int:
+def rows_together(bytes_per_row: int, device: torch.device, budgets: tuple[int, int] = FORWARD_BYTES) -> int:
     """Give how many rows run fastest together, by the largest activation of a row."""
-    if device.type == "cpu" and not compiling():
-        hold_a_little()
-    return max(1, min(MOST, budget_on(device, budgets) // max(1, bytes_per_row)))
+    return max(1, min(MAX_ROWS, budget_on(device, budgets) // max(1, bytes_per_row)))
 
 
-def chunks(count: int, size: Together) -> Iterator[range]:
-    """Cut ``range(count)`` into ranges of at most `size`; memory is kept from one to the next."""
+def chunks(count: int, size: ChunkSize) -> Iterator[range]:
+    """Cut ``range(count)`` into ranges of at most `size`."""
     if isinstance(size, str):
         raise ValueError(f"`chunk_size` must be a number, 'auto' or None, got {size!r}.")
     if size is not None and size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {size}.")
     size = size or count
-    parts = (range(start, min(start + size, count)) for start in range(0, count, size))
-    if size >= count or compiling():
-        yield from parts
-        return
-    with keep_memory(FEW):
-        yield from parts
+    return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def report(progress: Progress, done: int, total: int) -> None:

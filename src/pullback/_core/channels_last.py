@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from pullback._core.modules import Params, is_scripted, named_layers
+from pullback._core.modules import is_scripted, named_layers
+from pullback._core.types import Params
 from pullback._torch.internals import compiling, readable
 
-WORTH = 48  # forwards that are worth a trial
+MIN_FORWARDS = 48  # forwards that are worth a trial
 
 
 def constant(*tensors: Tensor) -> bool:
@@ -48,7 +49,7 @@ def channels_last(params: Params, model: nn.Module) -> Params | None:
     return {**given, **laid}
 
 
-class _Sizes(TorchFunctionMode):
+class _LargestOutput(TorchFunctionMode):
     """Note the largest tensor, in bytes, that an operation gives."""
 
     largest = 0
@@ -69,7 +70,7 @@ def tried(params: Params, model: nn.Module, forward: Callable[[Params], Tensor])
     if laid is None:
         return params, 0
     with torch.no_grad():
-        with _Sizes() as sizes:
+        with _LargestOutput() as sizes:
             own = forward(params)
         try:
             other = forward(laid)

@@ -1,12 +1,9 @@
-"""Explain by covering: run the model on many perturbed inputs, and account for the change of its score.
-
-Costs are quoted in forwards. The perturbations do not depend on the target, so that under `vmap` over targets one
-forward of each perturbed input serves all of them.
-"""
+"""Checks of arguments that several methods take."""
 
 from __future__ import annotations
 
 
-def _positive(name: str, value: int, least: int = 1) -> None:
+def at_least(name: str, value: int, least: int = 1) -> None:
+    """Raise where a count is too small."""
     if value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}.")

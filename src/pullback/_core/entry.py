@@ -1,7 +1,4 @@
-"""Call a model as a pure function, and pull cotangents back through the call.
-
-`pullback` is the one wrapper on `torch.func.vjp`: every gradient-like method is `pull(cotangent(output, target))`.
-"""
+"""The entry of every public method: it leaves inference mode, and warns at its end, once for each message."""
 
 from __future__ import annotations
 
@@ -34,27 +31,27 @@ def public(function: F) -> F:
         if compiling():
             return function(*args, **kwargs)
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            if getattr(_scope, "told", None) is not None:  # inside another method
+            if getattr(_scope, "messages", None) is not None:  # inside another method
                 return function(*args, **kwargs)
-            told: dict[str, dict[str, None]] = {}
-            _scope.told = told
+            messages: dict[str, dict[str, None]] = {}
+            _scope.messages = messages
             try:
                 result = function(*args, **kwargs)
             finally:
-                _scope.told = None
-            for message in told:
+                _scope.messages = None
+            for message in messages:
                 warnings.warn(message, PullbackWarning, stacklevel=2)
             return result
 
     return called  # pyright: ignore[reportReturnType]
 
 
-def tell(message: str) -> None:
+def warn_once(message: str) -> None:
     """Warn at the end of the call of the method that is running, once."""
     if compiling():
         return
-    told = getattr(_scope, "told", None)
-    if told is None:
+    messages = getattr(_scope, "messages", None)
+    if messages is None:
         warnings.warn(message, PullbackWarning, stacklevel=3)
     else:
-        told[message] = {}
+        messages[message] = {}

@@ -1,7 +1,4 @@
-"""Call a model as a pure function, and pull cotangents back through the call.
-
-`pullback` is the one wrapper on `torch.func.vjp`: every gradient-like method is `pull(cotangent(output, target))`.
-"""
+"""Run a model once, on a copy of its structure, with operations replaced and layers read or edited."""
 
 from __future__ import annotations
 
@@ -13,36 +10,36 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pullback._core.entry import tell
-from pullback._core.inputs import Leaves
-from pullback._core.layers import Layer, Seen, Site, around, attach
+from pullback._core.entry import warn_once
+from pullback._core.inputs import InputTree
+from pullback._core.layers import LayerShape, Site, around, attach
 from pullback._core.many.shortcuts import note_forward
 from pullback._core.many.state import measuring
-from pullback._core.module_copy import Shell
-from pullback._core.modules import Params, is_scripted
-from pullback._core.types import Inputs, Model, Select
-from pullback._ops.bypass import run_directly
-from pullback._ops.dispatch import KEPT, Table, swapped
-from pullback._ops.replacements import DROPOUT
+from pullback._core.module_copy import ModuleCopy
+from pullback._core.modules import is_scripted
+from pullback._core.types import Inputs, Layer, Model, Params, Select
+from pullback._ops.bypass import bypass
+from pullback._ops.dispatch import SAVED_TENSORS, OperationMode, Table
 from pullback._torch.internals import (
     compiling,
 )
 
 
-def _report(mode: swapped, strict: bool) -> None:
-    if not mode.told or (compiling() and not strict):
+def _report(mode: OperationMode, strict: bool) -> None:
+    if compiling() and not strict:
         return
-    dropped = mode.told.pop(DROPOUT, None)
-    if dropped is not None:
-        tell(f"Dropout hard-coded with training=True{_where(dropped)} is left out: an explanation is not random.")
-    if not mode.told:
+    if mode.dropouts:
+        warn_once(
+            f"Dropout hard-coded with training=True{_where(mode.dropouts)} is left out: an explanation is not random."
+        )
+    if not mode.uncovered:
         return
     assert mode.table is not None
-    uncovered = ", ".join(f"`{operation}`{_where(layers)}" for operation, layers in mode.told.items())
+    uncovered = ", ".join(f"`{operation}`{_where(layers)}" for operation, layers in mode.uncovered.items())
     message = f"{mode.table.name} do not cover {uncovered}: what they do not cover keeps its own derivative."
     if strict:
         raise ValueError(f"{message} Give `rules` that cover it, or `strict=False`.")
-    tell(message)
+    warn_once(message)
 
 
 def _where(layers: Mapping[str, None]) -> str:
@@ -63,7 +60,7 @@ def run(
     strict: bool = False,
     sites: Sequence[Site] = (),
     edit: Callable[[Site, int, Tensor], Tensor] | None = None,
-    seen: Mapping[Site, Sequence[Seen]] | None = None,
+    seen: Mapping[Site, Sequence[LayerShape]] | None = None,
 ) -> Tensor:
     """Run the model once, in eval mode, on a shell, with the operations of `table` traded and layers edited.
 
@@ -72,12 +69,12 @@ def run(
     read: list[Tensor] = []
     if isinstance(output, Layer):
         sites, edit = _reading(Site.parse(output.name, output.at), read, sites, edit)
-    leaves = Leaves(x)
-    mode, result = _forward(params, model, leaves, table, sites, edit, seen or {})
+    tree = InputTree(x)
+    mode, result = _forward(params, model, tree, table, sites, edit, seen or {})
     if mode.overwritten():
         _writers.add(model)
         read.clear()
-        mode, result = _forward(params, model, leaves, table, sites, edit, seen or {})
+        mode, result = _forward(params, model, tree, table, sites, edit, seen or {})
     _report(mode, strict)
     if isinstance(output, Layer):
         y = select(_only_call(read, Site.parse(output.name, output.at)), None)
@@ -93,18 +90,18 @@ _writers: weakref.WeakSet[Any] = weakref.WeakSet()
 def _forward(
     params: Params,
     model: Model,
-    leaves: Leaves,
+    tree: InputTree,
     table: Table | None,
     sites: Sequence[Site],
     edit: Callable[[Site, int, Tensor], Tensor] | None,
-    seen: Mapping[Site, Sequence[Seen]],
-) -> tuple[swapped, Any]:
-    x = leaves.rebuild([t.clone() for t in leaves.tensors], lambda v: None if v is None else v.clone())
-    mode = swapped(table)
-    mode.measures, mode.narrow = measuring(leaves.tensors)
+    seen: Mapping[Site, Sequence[LayerShape]],
+) -> tuple[OperationMode, Any]:
+    x = tree.rebuild([t.clone() for t in tree.tensors], lambda v: None if v is None else v.clone())
+    mode = OperationMode(table)
+    mode.measures, mode.narrow = measuring(tree.tensors)
     if isinstance(model, nn.Module):
         if table is not None and not compiling() and model not in _writers:
-            mode.memo[KEPT] = []
+            mode.memo[SAVED_TENSORS] = []
         return mode, _run_module(params, model, x, mode, sites, edit, seen)
     if not callable(model):
         raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}.")
@@ -133,7 +130,7 @@ def activations(params: Params, model: Model, x: Inputs, layer: str = "", at: st
     """Give what `pullback` takes the derivative at, without a derivative: one tensor a call of the layer."""
     site = Site.parse(layer, at)
     if not site.name:
-        return Leaves(x).tensors
+        return InputTree(x).tensors
     read: list[Tensor] = []
     sites, edit = _reading(site, read, (), None)
     run(params, model, x, output=lambda result: torch.zeros(()), sites=sites, edit=edit)
@@ -164,33 +161,33 @@ def _run_module(
     params: Params,
     model: nn.Module,
     x: Any,
-    mode: swapped,
+    mode: OperationMode,
     sites: Sequence[Site],
     edit: Callable[[Site, int, Tensor], Tensor] | None,
-    seen: Mapping[Site, Sequence[Seen]],
+    seen: Mapping[Site, Sequence[LayerShape]],
 ) -> Any:
     args = (x,) if isinstance(x, Tensor) else x if isinstance(x, tuple) else ()
     kwargs = dict(x) if isinstance(x, Mapping) else {}
     if compiling():
-        shell = _SHELLS[_prepare(model)]
+        model_copy = _COMPILED_COPIES[_prepare(model)]
     else:
-        shell = Shell(model)
-        shell.install(params)
-        _check_scripted(shell, mode.table)
+        model_copy = ModuleCopy(model)
+        model_copy.install(params)
+        _check_scripted(model_copy, mode.table)
     undo: list[Callable[[], None]] = []
     if mode.table is None and not compiling():
-        undo.append(run_directly(shell.copies(), mode))
-    tap = None if edit is None else attach(shell, sites, _measured(edit, mode), seen)
+        undo.append(bypass(model_copy.copies(), mode))
+    tap = None if edit is None else attach(model_copy, sites, _measured(edit, mode), seen)
     if tap is not None:
         undo.append(tap.detach)
     if mode.table is not None and mode.table.wants_layers:
-        undo += _follow_layers(shell, mode)
-    _note_constants(mode, params if compiling() else shell.root)
+        undo += _follow_layers(model_copy, mode)
+    _note_constants(mode, params if compiling() else model_copy.root)
     with mode:
         if compiling():
-            result = functional_call(shell.root, params, args, kwargs)  # pyright: ignore[reportArgumentType]
+            result = functional_call(model_copy.root, params, args, kwargs)  # pyright: ignore[reportArgumentType]
         else:
-            result = shell.root(*args, **kwargs)
+            result = model_copy.root(*args, **kwargs)
     for step in reversed(undo):  # a shell that compiled code runs on is kept
         step()
     if tap is not None:
@@ -200,18 +197,20 @@ def _run_module(
     return result
 
 
-def _note_constants(mode: swapped, params: Any) -> None:
+def _note_constants(mode: OperationMode, params: Any) -> None:
     """Note the tensors that a model holds, for rules that keep account of what depends on the input."""
-    if mode.table is None or mode.table.watch is None:
+    if mode.table is None or mode.table.on_operation is None:
         return
     if isinstance(params, nn.Module):
         held = [t for layer in params.modules() for own in (layer._parameters, layer._buffers) for t in own.values()]
     else:
         held = [t for part in (params if isinstance(params, tuple) else (params,)) for t in part.values()]
-    mode.table.watch(mode.memo, None, (), {}, [t for t in held if isinstance(t, Tensor)])
+    mode.table.on_operation(mode.memo, None, (), {}, [t for t in held if isinstance(t, Tensor)])
 
 
-def _measured(edit: Callable[[Site, int, Tensor], Tensor], mode: swapped) -> Callable[[Site, int, Tensor], Tensor]:
+def _measured(
+    edit: Callable[[Site, int, Tensor], Tensor], mode: OperationMode
+) -> Callable[[Site, int, Tensor], Tensor]:
     """Let the account of sizes start anew at a layer: nothing is pulled back further than there."""
 
     def edited(site: Site, call: int, tensor: Tensor) -> Tensor:
@@ -222,7 +221,7 @@ def _measured(edit: Callable[[Site, int, Tensor], Tensor], mode: swapped) -> Cal
     return edited if mode.measures else edit
 
 
-def _follow_layers(shell: Shell, mode: swapped) -> list[Callable[[], None]]:
+def _follow_layers(model_copy: ModuleCopy, mode: OperationMode) -> list[Callable[[], None]]:
     """Keep `mode.layers` the stack of names of the layers that are running."""
 
     def enter(site: Site, args: Any, kwargs: Any) -> Any:
@@ -233,16 +232,16 @@ def _follow_layers(shell: Shell, mode: swapped) -> list[Callable[[], None]]:
         mode.layers.pop()
         return result
 
-    return [around(layer, Site(name), enter, leave) for name, layer in shell.layers() if not is_scripted(layer)]
+    return [around(layer, Site(name), enter, leave) for name, layer in model_copy.layers() if not is_scripted(layer)]
 
 
-def _check_scripted(shell: Shell, table: Table | None) -> None:
-    if shell.unheard:
-        where = ", ".join(f"`{name}`" for name in dict.fromkeys(shell.unheard))
-        tell(f"Backward hooks on {where} are left out: torch.func cannot run them.")
-    if table is None or not shell.has_scripted:
+def _check_scripted(model_copy: ModuleCopy, table: Table | None) -> None:
+    if model_copy.unheard:
+        where = ", ".join(f"`{name}`" for name in dict.fromkeys(model_copy.unheard))
+        warn_once(f"Backward hooks on {where} are left out: torch.func cannot run them.")
+    if table is None or not model_copy.has_scripted:
         return
-    for name, layer in shell.layers():
+    for name, layer in model_copy.layers():
         if is_scripted(layer):
             raise TypeError(
                 f"`rules` cannot reach into `{name or 'model'}`, a scripted module: its operations run out of sight. "
@@ -252,17 +251,17 @@ def _check_scripted(shell: Shell, table: Table | None) -> None:
 
 # Dynamo cannot trace the making of a shell, nor call a module that a constant function returns, but it traces a look-up
 # in a global dict. So a compiled call makes its shell once, while tracing, and keeps it here while the model lives.
-_SHELLS: dict[int, Shell] = {}
+_COMPILED_COPIES: dict[int, ModuleCopy] = {}
 
 
 def _prepare(model: nn.Module) -> int:
     key = id(model)
-    _SHELLS[key] = shell = Shell(model)
-    shell.own_buffers(1)  # counters; others may change between calls, and are looked up in each
-    for _, layer in shell.layers():  # what wraps a layer's call puts back what it found, so that no guard fails
+    _COMPILED_COPIES[key] = model_copy = ModuleCopy(model)
+    model_copy.own_buffers(1)  # counters; others may change between calls, and are looked up in each
+    for _, layer in model_copy.layers():  # what wraps a layer's call puts back what it found, so that no guard fails
         if not is_scripted(layer):
             layer.forward = layer.forward
-    weakref.finalize(model, _SHELLS.pop, key, None)
+    weakref.finalize(model, _COMPILED_COPIES.pop, key, None)
     return key
 
 

@@ -1,7 +1,4 @@
-"""Evaluate several copies of a batch together: fold copies into the batch axis, a chunk of them at a time.
-
-On a CPU a larger batch saves little, and one whose largest activation exceeds some tens of megabytes costs more.
-"""
+"""The input of a model: a tensor, a tuple or a dict of tensors; and copies of it in the batch axis."""
 
 from __future__ import annotations
 
@@ -51,7 +48,7 @@ def repeated(value: Any, copies: int, batch: int) -> Any:
 # -- inputs
 
 
-class Leaves:
+class InputTree:
     """The floating-point tensors of `x`, apart from the rest, and the way back to the structure of `x`."""
 
     def __init__(self, x: Inputs) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pullback._core.module_copy import Shell
+from pullback._core.module_copy import ModuleCopy
 from pullback._core.modules import is_scripted, nearest, set_plainly
 
 _SPEC = re.compile(r"^(?P<name>[^:#]*)(?::(?P<part>[^#]+))?(?:#(?P<call>\d+))?$")
@@ -55,26 +55,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What a layer puts out (or takes in), where `output=` asks which output is explained.
-
-    The attribution is then that of a neuron, which `target` chooses in the layer's activation.
-
-    Example:
-        >>> from pullback import gradient, params_of
-        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> params, x = params_of(model), torch.randn(5, 3)
-        >>> a = gradient(params, model, x, 2, output=Layer("0"))
-        >>> torch.allclose(a, model[0].weight[2].expand(5, 3))
-        True
-    """
-
-    name: str
-    at: str = "output"
-
-
-@dataclass(frozen=True)
-class Seen:
+class LayerShape:
     """What a probe saw of one call of a layer. `through`: an edit must be written into the layer's own input tensor."""
 
     shape: torch.Size
@@ -130,14 +111,16 @@ class attach:
     `edit` runs outside of the rules: it must use operations that the mode of `pullback._ops` lets pass.
     """
 
-    def __init__(self, shell: Shell, sites: Sequence[Site], edit: Edit, seen: Mapping[Site, Sequence[Seen]]) -> None:
+    def __init__(
+        self, model_copy: ModuleCopy, sites: Sequence[Site], edit: Edit, seen: Mapping[Site, Sequence[LayerShape]]
+    ) -> None:
         self.calls = dict.fromkeys(sites, 0)
         self.edit, self.seen = edit, seen
         self.undo: list[Callable[[], None]] = []
         for site in sites:
             after = None if site.at == "input" else self._after
             before = self._before if site.at == "input" else self._before_in_place
-            self.undo.append(around(layer_of(shell, site), site, before, after))
+            self.undo.append(around(layer_of(model_copy, site), site, before, after))
 
     def detach(self) -> None:
         for undo in self.undo:
@@ -205,10 +188,10 @@ def around(
     return undo
 
 
-def layer_of(shell: Shell, site: Site) -> nn.Module:
-    layer = shell.of(site.name)
+def layer_of(model_copy: ModuleCopy, site: Site) -> nn.Module:
+    layer = model_copy.of(site.name)
     if layer is None:
-        near = nearest(site.name, [name for name, _ in shell.layers() if name])
+        near = nearest(site.name, [name for name, _ in model_copy.layers() if name])
         raise ValueError(f"No layer `{site.name}` in the model. {near}")
     if is_scripted(layer):
         raise TypeError(

@@ -1,7 +1,7 @@
 """Score a model whose input, or the activation of a layer, is covered in many ways.
 
 A perturbation method gives `cover(part, values)`, which sees copies of what is covered, ``[copy batch ...]``, and gives
-what the model runs on instead. `Scene` holds the rest: where that is, the target, and what the output is turned into
+what the model runs on instead. `MaskedModel` holds the rest: where that is, the target, and what the output is turned into
 before it is scored. Target and parameters are never looked at, so that a forward on copies is shared by all targets.
 """
 
@@ -14,21 +14,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pullback._call import Params
-from pullback._core.batching import ENLARGED, Together, chunks, rows_together
-from pullback._core.channels_last import WORTH, constant, tried
+from pullback._core.batching import ACTIVATION_PER_INPUT, ChunkSize, chunks, rows_together
+from pullback._core.channels_last import MIN_FORWARDS, constant, tried
 from pullback._core.forward import run
-from pullback._core.inputs import Leaves, folded, picked, picked_inputs, repeated, unfolded
+from pullback._core.inputs import InputTree, folded, picked, picked_inputs, repeated, unfolded
 from pullback._core.layers import Site
-from pullback._core.shapes import activations_at
+from pullback._core.shapes import layer_shapes
 from pullback._core.targets import score
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 
-Cover: TypeAlias = Callable[[int, Tensor], Tensor]
-Squash: TypeAlias = "str | Callable[[Tensor], Tensor] | None"
+Perturb: TypeAlias = Callable[[int, Tensor], Tensor]
+Link: TypeAlias = "str | Callable[[Tensor], Tensor] | None"
 
 
-class Scene:
+class MaskedModel:
     """A model, its input and a target, with the places that are covered.
 
     `shapes`: of the tensors that are covered, ``[batch ...]``: the floating-point ones of `x`, or the layer's
@@ -46,21 +45,21 @@ class Scene:
         at: str = "output",
         output: Select = None,
         strict: bool = False,
-        squash: Squash = None,
+        link: Link = None,
     ) -> None:
         self.params, self.model, self.x = params, model, x
         # made a tensor before any transform of the method's own: its range can then be checked
         self.target: Target = torch.as_tensor(target) if type(target) in (int, list) else target
         self._targets: dict[int, Target] = {}
-        self.output, self.strict, self.squash = output, strict, squash
-        self.leaves = Leaves(x)
-        self.batch = self.leaves.batch
+        self.output, self.strict, self.link = output, strict, link
+        self.tree = InputTree(x)
+        self.batch = self.tree.batch
         self.site = Site.parse(layer, at)
         self.seen: Any = ()
         if self.site.name:
             if not isinstance(model, nn.Module):
                 raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
-            self.seen = activations_at(params, model, x, self.site)
+            self.seen = layer_shapes(params, model, x, self.site)
             calls = range(len(self.seen)) if self.site.call is None else [self.site.call]
             found = {self.seen[call].shape: self.seen[call].dtype for call in calls if call < len(self.seen)}
             if len(found) != 1:
@@ -71,37 +70,37 @@ class Scene:
             self.shapes = list(found)
             self.dtype = next(iter(found.values()))
         else:
-            if not self.leaves.floating:
+            if not self.tree.floating:
                 raise TypeError(
                     "`x` holds no floating-point tensor to cover. Name a `layer`, such as the embedding, or cast `x`."
                 )
-            self.shapes = [t.shape for t in self.leaves.tensors]
-            self.dtype = self.leaves.tensors[0].dtype
-        self.device = next(t for _, t in self.leaves.items if t is not None).device
+            self.shapes = [t.shape for t in self.tree.tensors]
+            self.dtype = self.tree.tensors[0].dtype
+        self.device = next(t for _, t in self.tree.items if t is not None).device
 
     @property
     def covered(self) -> Tensor:
         """The one tensor of `x` that is covered."""
-        return self.leaves.tensors[0]
+        return self.tree.tensors[0]
 
-    def of_rows(self, rows: range) -> Scene:
+    def of_rows(self, rows: range) -> MaskedModel:
         """Give the scene of some rows of the batch, copies of which follow one another."""
         if len(rows) == self.batch and rows.start % self.batch == 0:
             return self
         index = torch.arange(rows.start, rows.stop, device=self.device) % self.batch
         x, target = picked_inputs(self.x, index, self.batch), picked(self.target, index, self.batch)
-        how: dict[str, Any] = {"output": self.output, "strict": self.strict, "squash": self.squash}
-        return Scene(self.params, self.model, x, target, layer=str(self.site), at=self.site.at, **how)
+        how: dict[str, Any] = {"output": self.output, "strict": self.strict, "link": self.link}
+        return MaskedModel(self.params, self.model, x, target, layer=str(self.site), at=self.site.at, **how)
 
-    def parts(self, count: int, size: Together, *, rows: int | None = None, times: int = 1) -> Iterator[range]:
+    def parts(self, count: int, size: ChunkSize, *, rows: int | None = None, times: int = 1) -> Iterator[range]:
         """Cut what is to be run, `count` copies of the batch, or of so many `rows`, each so many `times`.
 
         ``"auto"`` takes as many together as run fastest. Before many forwards weights are laid out for them.
         """
         rows = self.batch if rows is None else rows
         size_of_number = torch.empty((), dtype=self.dtype).element_size()
-        largest = ENLARGED * size_of_number * sum(math.prod(shape[1:]) for shape in self.shapes)
-        if count * rows * times >= WORTH:
+        largest = ACTIVATION_PER_INPUT * size_of_number * sum(math.prod(shape[1:]) for shape in self.shapes)
+        if count * rows * times >= MIN_FORWARDS:
             largest = self._settled() or largest
         return chunks(count, max(1, rows_together(largest, self.device) // max(1, rows)) if size == "auto" else size)
 
@@ -113,13 +112,13 @@ class Scene:
         held = [
             t for part in (self.params if isinstance(self.params, tuple) else (self.params,)) for t in part.values()
         ]
-        if not constant(*held, *(t for _, t in self.leaves.items if t is not None)):
+        if not constant(*held, *(t for _, t in self.tree.items if t is not None)):
             return 0
         two = picked_inputs(self.x, torch.tensor([0, self.batch - 1]), self.batch)
         self.params, largest = tried(self.params, model, lambda params: run(params, model, two, output=self.output))
         return largest // 2
 
-    def outputs(self, copies: int, cover: Cover) -> Tensor:
+    def outputs(self, copies: int, cover: Perturb) -> Tensor:
         """Run the model on covered copies: ``[(copy batch) *output]``."""
 
         def others(value: Any) -> Any:
@@ -127,18 +126,17 @@ class Scene:
 
         if not self.site.name:
             tensors = [
-                folded(cover(part, t.unsqueeze(0).expand(copies, *t.shape)))
-                for part, t in enumerate(self.leaves.tensors)
+                folded(cover(part, t.unsqueeze(0).expand(copies, *t.shape))) for part, t in enumerate(self.tree.tensors)
             ]
-            x = self.leaves.rebuild(tensors, others)
-            return self._squashed(run(self.params, self.model, x, output=self.output, strict=self.strict))
+            x = self.tree.rebuild(tensors, others)
+            return self._linked(run(self.params, self.model, x, output=self.output, strict=self.strict))
 
         def edit(site: Site, call: int, activation: Tensor) -> Tensor:
             if site.call not in (None, call):
                 return activation
             return folded(cover(0, unfolded(activation, copies)).to(activation.dtype))
 
-        x = self.leaves.rebuild([others(t) for t in self.leaves.tensors], others)
+        x = self.tree.rebuild([others(t) for t in self.tree.tensors], others)
         result = run(
             self.params,
             self.model,
@@ -149,18 +147,18 @@ class Scene:
             edit=edit,
             seen={self.site: self.seen},
         )
-        return self._squashed(result)
+        return self._linked(result)
 
-    def _squashed(self, output: Tensor) -> Tensor:
-        if self.squash is None or (callable(self.target) and isinstance(self.squash, str)):
+    def _linked(self, output: Tensor) -> Tensor:
+        if self.link is None or (callable(self.target) and isinstance(self.link, str)):
             return output
-        if callable(self.squash):
-            return self.squash(output)
-        if self.squash == "sigmoid":
+        if callable(self.link):
+            return self.link(output)
+        if self.link == "sigmoid":
             return output.sigmoid()
-        if self.squash == "softmax":
+        if self.link == "softmax":
             return output.softmax(1) if output.ndim > 1 and output.shape[1] > 1 else output
-        raise ValueError(f"`squash` must be 'softmax', 'sigmoid', a function or None, got {self.squash!r}.")
+        raise ValueError(f"`link` must be 'softmax', 'sigmoid', a function or None, got {self.link!r}.")
 
     def targets(self, copies: int) -> Target:
         """Repeat the target. Kept, so that what is repeated before a transform of the method's own can be checked."""
@@ -168,15 +166,15 @@ class Scene:
             self._targets[copies] = repeated(self.target, copies, self.batch)
         return self._targets[copies]
 
-    def scores(self, copies: int, cover: Cover) -> Tensor:
+    def scores(self, copies: int, cover: Perturb) -> Tensor:
         """Give ``[copy batch]``."""
         return unfolded(score(self.outputs(copies, cover), self.targets(copies)), copies)
 
 
-class Canvas:
+class MaskAxes:
     """Which axes of a tensor masks lie over: ``[batch channel ...]`` its spatial axes, tokens, or features alone.
 
-    `lay` brings the example's axes, the last ones, to ``channel *sizes``; `restore` brings them back.
+    `to_channels_first` brings the example's axes, the last ones, to ``channel *sizes``; `undo` brings them back.
     """
 
     def __init__(self, shape: Sequence[int], tokens: bool = False) -> None:
@@ -188,22 +186,22 @@ class Canvas:
         self.tokens = tokens
         self.sizes = (shape[1],) if tokens or self.axes == 1 else tuple(shape[2:])
 
-    def lay(self, values: Tensor) -> Tensor:
+    def to_channels_first(self, values: Tensor) -> Tensor:
         if self.axes == 1:
             return values.unsqueeze(-2)
         return values.transpose(-1, -2) if self.tokens else values
 
-    def restore(self, values: Tensor) -> Tensor:
+    def undo(self, values: Tensor) -> Tensor:
         if self.axes == 1:
             return values.squeeze(-2)
         return values.transpose(-1, -2) if self.tokens else values
 
 
-def canvas_of(scene: Scene, tokens: bool = False) -> Canvas:
+def mask_axes_of(masked: MaskedModel, tokens: bool = False) -> MaskAxes:
     """Give the canvas of the one tensor that is covered."""
-    if len(scene.shapes) > 1:
+    if len(masked.shapes) > 1:
         raise TypeError("`x` holds several floating-point tensors: a map is of one. Name a `layer`.")
-    return Canvas(scene.shapes[0], tokens)
+    return MaskAxes(masked.shapes[0], tokens)
 
 
 def axis_sizes(

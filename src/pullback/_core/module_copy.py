@@ -20,16 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pullback._core.modules import (
-    _PLAIN_HOMES,
-    Params,
-    is_scripted,
-    named_layers,
-    nearest,
-    set_plainly,
-    submodule,
-    unwrapped,
-)
+from pullback._core.modules import _PLAIN_HOMES, is_scripted, named_layers, nearest, set_plainly, submodule, unwrapped
+from pullback._core.types import Params
 
 _OWN = nn.Identity().__dict__
 _HOOKS = tuple(
@@ -51,11 +43,11 @@ _SKIPPED = frozenset(
         *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
     )
 )
-STATE = 2**16  # numbers in a buffer, up to which it is copied for a run
+STATE_NUMEL = 2**16  # numbers in a buffer, up to which it is copied for a run
 _ATOMS = frozenset((bool, int, float, str, type(None), Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size))
 
 
-class Shell:
+class ModuleCopy:
     """A structural copy of `model`, and the means to install parameters in it.
 
     `root` is the copy; `of(path)` the copy of a submodule; `unheard` names the layers whose backward hooks are left
@@ -244,7 +236,7 @@ class Shell:
     def install(self, params: Params) -> None:
         """Make the shell ready to run on the tensors of `params`."""
         self.place(params)
-        self.own_buffers(STATE)
+        self.own_buffers(STATE_NUMEL)
 
     def place(self, params: Params) -> None:
         """Put the tensors of `params` in the place of the module's own; a tied weight under all its names."""

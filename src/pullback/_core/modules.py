@@ -1,21 +1,13 @@
-"""A shell: a structural copy of a module, made for one call.
-
-`torch.func.functional_call` swaps the module's own tensors while it runs, so two threads with two sets of parameters
-compute nonsense on one module, silently. A shell has the same classes and attributes as the module, but its own dicts
-of submodules, parameters, buffers and hooks, and shares every tensor but small buffers: parameters are installed in it,
-taps wrap its layers, it is in eval mode, and the module that the caller holds is never touched. It costs some
-microseconds a layer.
-"""
+"""Modules by name, with and without the wrappers around them, and their parameters."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-Params = Mapping[str, Tensor] | tuple[Mapping[str, Tensor], ...]
 _PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 set_plainly = object.__setattr__  # a module's own looks for parameters and modules first
 

@@ -14,30 +14,30 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pullback._core.entry import tell
-from pullback._core.inputs import Leaves, each
-from pullback._core.layers import Seen, Site, around, find_part, layer_of
-from pullback._core.module_copy import Shell
-from pullback._core.modules import Params, is_scripted
-from pullback._core.types import Inputs
-from pullback._ops.dispatch import swapped
+from pullback._core.entry import warn_once
+from pullback._core.inputs import InputTree, each
+from pullback._core.layers import LayerShape, Site, around, find_part, layer_of
+from pullback._core.module_copy import ModuleCopy
+from pullback._core.modules import is_scripted
+from pullback._core.types import Inputs, Params
+from pullback._ops.dispatch import OperationMode
 from pullback._torch.internals import (
     compiling,
     outside_transforms,
 )
 
 
-def activations_at(params: Params, model: nn.Module, x: Inputs, site: Site, real: bool = False) -> tuple[Seen, ...]:
+def layer_shapes(params: Params, model: nn.Module, x: Inputs, site: Site, real: bool = False) -> tuple[LayerShape, ...]:
     if compiling():
         plan = _plan(model, site.name, site.at, site.part, described(x))
-        return tuple(Seen(torch.Size(shape), dtype, through) for shape, dtype, through in plan)
+        return tuple(LayerShape(torch.Size(shape), dtype, through) for shape, dtype, through in plan)
     seen = None if real else known(model, x, site)
     if seen is None:
         found, real = probe(params, model, x, (site,), real)
         seen = found[site]
         remember(model, x, site, seen)
         if real:
-            tell(
+            warn_once(
                 f"The shape of `{site.name}` took one more forward: the model does not run on the meta device or on "
                 "fake tensors. It is remembered for this input shape."
             )
@@ -79,10 +79,11 @@ def layers(params: Params, model: nn.Module, x: Inputs) -> dict[str, tuple[torch
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module to have layers, got {type(model).__name__}.")
-    Leaves(x)
+    InputTree(x)
     return shapes(params, model, x)
 
-_known: WeakKeyDictionary[nn.Module, dict[Any, tuple[Seen, ...]]] = WeakKeyDictionary()
+
+_known: WeakKeyDictionary[nn.Module, dict[Any, tuple[LayerShape, ...]]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 StandIn = Callable[[Tensor], Tensor]
@@ -100,24 +101,24 @@ def described(x: Any) -> Any:
     return None
 
 
-def known(model: nn.Module, x: Any, site: Site) -> tuple[Seen, ...] | None:
+def known(model: nn.Module, x: Any, site: Site) -> tuple[LayerShape, ...] | None:
     with _lock:
         return _known.get(model, {}).get((site.name, site.at, site.part, described(x)))
 
 
-def remember(model: nn.Module, x: Any, site: Site, seen: tuple[Seen, ...]) -> None:
+def remember(model: nn.Module, x: Any, site: Site, seen: tuple[LayerShape, ...]) -> None:
     with _lock:
         _known.setdefault(model, {})[site.name, site.at, site.part, described(x)] = seen
 
 
 def probe(
     params: Params, model: nn.Module, x: Any, sites: Sequence[Site], real: bool = False
-) -> tuple[dict[Site, tuple[Seen, ...]], bool]:
+) -> tuple[dict[Site, tuple[LayerShape, ...]], bool]:
     """Give what each site puts out, call by call, and whether that took a real forward (or make it one by `real`)."""
-    shell = Shell(model)
+    model_copy = ModuleCopy(model)
     for site in sites:  # before anything runs: an unknown name is the caller's error, not a reason to try another way
-        layer_of(shell, site)
-    return _without_compute(params, model, x, lambda shell, x: _watch(shell, x, sites), real)
+        layer_of(model_copy, site)
+    return _without_compute(params, model, x, lambda model_copy, x: _watch(model_copy, x, sites), real)
 
 
 def shapes(params: Params, model: nn.Module, x: Any) -> dict[str, tuple[torch.Size, ...]]:
@@ -126,29 +127,29 @@ def shapes(params: Params, model: nn.Module, x: Any) -> dict[str, tuple[torch.Si
 
 
 def _without_compute(
-    params: Params, model: nn.Module, x: Any, watch: Callable[[Shell, Any], Result], real: bool = False
+    params: Params, model: nn.Module, x: Any, watch: Callable[[ModuleCopy, Any], Result], real: bool = False
 ) -> tuple[Result, bool]:
-    shell = Shell(model)
-    if not real and not any(is_scripted(layer) for _, layer in shell.layers()):
+    model_copy = ModuleCopy(model)
+    if not real and not any(is_scripted(layer) for _, layer in model_copy.layers()):
         with torch.no_grad(), outside_transforms():
             for attempt in (_on_meta, _on_fake):
                 try:
                     return attempt(params, model, x, watch), False
                 except Exception:  # whatever it is, a real run raises it again
                     continue
-    shell.install(params)
+    model_copy.install(params)
     with torch.no_grad():
-        return watch(shell, each(torch.clone, x)), True
+        return watch(model_copy, each(torch.clone, x)), True
 
 
-def _on_meta(params: Params, model: nn.Module, x: Any, watch: Callable[[Shell, Any], Result]) -> Result:
+def _on_meta(params: Params, model: nn.Module, x: Any, watch: Callable[[ModuleCopy, Any], Result]) -> Result:
     def stand_in(t: Tensor) -> Tensor:
         return torch.empty(t.shape, dtype=t.dtype, device="meta")
 
     return watch(_hollow(params, model, stand_in), each(stand_in, x))
 
 
-def _on_fake(params: Params, model: nn.Module, x: Any, watch: Callable[[Shell, Any], Result]) -> Result:
+def _on_fake(params: Params, model: nn.Module, x: Any, watch: Callable[[ModuleCopy, Any], Result]) -> Result:
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, seldom needed
 
     def stand_in(t: Tensor) -> Tensor:
@@ -158,17 +159,17 @@ def _on_fake(params: Params, model: nn.Module, x: Any, watch: Callable[[Shell, A
         return watch(_hollow(params, model, stand_in), each(stand_in, x))
 
 
-def _hollow(params: Params, model: nn.Module, stand_in: StandIn) -> Shell:
-    shell = Shell(model)
-    shell.place(params)
+def _hollow(params: Params, model: nn.Module, stand_in: StandIn) -> ModuleCopy:
+    model_copy = ModuleCopy(model)
+    model_copy.place(params)
     made: dict[int, Tensor] = {}
-    for _, layer in shell.layers():
+    for _, layer in model_copy.layers():
         for owned in (layer._parameters, layer._buffers):
             for name, tensor in owned.items():
                 if tensor is not None:
                     owned[name] = made.setdefault(id(tensor), stand_in(tensor))  # pyright: ignore[reportArgumentType]
-    shell.place({})
-    return shell
+    model_copy.place({})
+    return model_copy
 
 
 def _aliases(a: Tensor, b: Tensor) -> bool:
@@ -176,7 +177,7 @@ def _aliases(a: Tensor, b: Tensor) -> bool:
     return base_a is base_b
 
 
-def _watch(shell: Shell, x: Any, sites: Sequence[Site]) -> dict[Site, tuple[Seen, ...]]:
+def _watch(model_copy: ModuleCopy, x: Any, sites: Sequence[Site]) -> dict[Site, tuple[LayerShape, ...]]:
     """Run the shell and note, for each call of each site, the shape, and whether input and output are one tensor."""
     notes: dict[Site, list[tuple[Tensor, Tensor | None, int, bool]]] = {site: [] for site in sites}
     entered: dict[Site, list[tuple[Tensor | None, int]]] = {site: [] for site in sites}
@@ -206,19 +207,19 @@ def _watch(shell: Shell, x: Any, sites: Sequence[Site]) -> dict[Site, tuple[Seen
         return result
 
     for site in sites:
-        around(layer_of(shell, site), site, before, after)
-    _call(shell, x)
+        around(layer_of(model_copy, site), site, before, after)
+    _call(model_copy, x)
     return {
         site: tuple(
             # an alias that somebody writes to afterwards: input and output of the layer are one tensor to the model
-            Seen(t.shape, t.dtype, written or (source is not None and source._version != version))
+            LayerShape(t.shape, t.dtype, written or (source is not None and source._version != version))
             for t, source, version, written in calls
         )
         for site, calls in notes.items()
     }
 
 
-def _watch_all(shell: Shell, x: Any) -> dict[str, tuple[torch.Size, ...]]:
+def _watch_all(model_copy: ModuleCopy, x: Any) -> dict[str, tuple[torch.Size, ...]]:
     found: dict[str, list[torch.Size]] = {}
 
     def before(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -229,16 +230,16 @@ def _watch_all(shell: Shell, x: Any) -> dict[str, tuple[torch.Size, ...]]:
             found.setdefault(site.name, []).append(find_part(result, site)[0].shape)
         return result
 
-    for name, layer in shell.layers():
+    for name, layer in model_copy.layers():
         if name and not is_scripted(layer):
             around(layer, Site(name), before, after)
-    _call(shell, x)
+    _call(model_copy, x)
     return {name: tuple(calls) for name, calls in found.items()}
 
 
-def _call(shell: Shell, x: Any) -> None:
-    with swapped():
+def _call(model_copy: ModuleCopy, x: Any) -> None:
+    with OperationMode():
         if isinstance(x, Mapping):
-            shell.root(**x)
+            model_copy.root(**x)
         else:
-            shell.root(*(x if isinstance(x, tuple) else (x,)))
+            model_copy.root(*(x if isinstance(x, tuple) else (x,)))

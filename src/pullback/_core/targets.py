@@ -1,7 +1,4 @@
-"""Call a model as a pure function, and pull cotangents back through the call.
-
-`pullback` is the one wrapper on `torch.func.vjp`: every gradient-like method is `pull(cotangent(output, target))`.
-"""
+"""From a target to the cotangent of the output, and to scores."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Call a model as a pure function, and pull cotangents back through the call.
+"""Run a model once and be ready to pull cotangents back through that run.
 
-`pullback` is the one wrapper on `torch.func.vjp`: every gradient-like method is `pull(cotangent(output, target))`.
+Every gradient-like method is ``pull(cotangent(output, target))``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from torch.autograd import forward_ad
 from torch.func import vjp
 
 from pullback._core.forward import run
-from pullback._core.inputs import Leaves
-from pullback._core.layers import Seen, Site
+from pullback._core.inputs import InputTree
+from pullback._core.layers import LayerShape, Site
 from pullback._core.many.pulls import shared_pull
 from pullback._core.many.shortcuts import shortcuts
 from pullback._core.many.state import only_targets
-from pullback._core.modules import Params
-from pullback._core.shapes import activations_at
-from pullback._core.types import Back, Inputs, Model, Pull, Select
+from pullback._core.shapes import layer_shapes
+from pullback._core.types import Back, Inputs, Model, Params, Pull, Select
 from pullback._ops.dispatch import Table
 from pullback._torch.internals import (
     compiling,
@@ -70,27 +69,27 @@ def pullback(
     site = Site.parse(layer, at)
     if site.name:
         return _pullback_to_layer(params, model, x, site, output, table, strict, given)
-    leaves = Leaves(x)
-    if not leaves.floating:
+    tree = InputTree(x)
+    if not tree.floating:
         raise TypeError(
             "`x` holds no floating-point tensor to explain. Name a `layer`, such as the embedding, or cast `x`."
         )
 
     def forward(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[()]]:
-        y = run(params, model, leaves.rebuild(tensors, lambda v: v), output=output, table=table, strict=strict)
+        y = run(params, model, tree.rebuild(tensors, lambda v: v), output=output, table=table, strict=strict)
         return (y, *shortcuts()), ()
 
-    tensors = leaves.tensors if given is None else tuple(given)
-    outputs, back, _ = linearised(forward, tensors, _is_plain(params, model, leaves, tensors, output))
+    tensors = tree.tensors if given is None else tuple(given)
+    outputs, back, _ = linearised(forward, tensors, _is_plain(params, model, tree, tensors, output))
     return Pulled(
         outputs[0],
         tensors,
         shared_pull(back, outputs, tensors),
-        lambda tensors: leaves.rebuild(tensors, lambda v: None),
+        lambda tensors: tree.rebuild(tensors, lambda v: None),
     )
 
 
-def _is_plain(params: Params, model: Model, leaves: Leaves, primals: Sequence[Tensor], output: Select) -> bool:
+def _is_plain(params: Params, model: Model, tree: InputTree, primals: Sequence[Tensor], output: Select) -> bool:
     """Say whether nothing differentiates, batches or traces this call from outside.
 
     The `vmap` of `over_targets` does not count where the forward cannot depend on a target: it then runs outside.
@@ -99,7 +98,7 @@ def _is_plain(params: Params, model: Model, leaves: Leaves, primals: Sequence[Te
         return False
     parts = params if isinstance(params, tuple) else (params,)
     tensors = [t for part in parts for t in part.values()]
-    tensors += (*(t for _, t in leaves.items if t is not None), *primals)
+    tensors += (*(t for _, t in tree.items if t is not None), *primals)
     if current_level() is not None:
         pure = isinstance(model, nn.Module) and not callable(output)
         if not (pure and only_targets()) or any(is_functorch_wrapped_tensor(t) for t in tensors):
@@ -118,8 +117,8 @@ def linearised(
         return _by_vjp(function, primals)
     try:
         with nullcontext() if current_level() is None else outside_transforms(), torch.enable_grad():
-            leaves = [(p.clone() if p.is_inference() else p.detach()).requires_grad_() for p in primals]
-            outputs, auxiliary = function(*leaves)
+            tree = [(p.clone() if p.is_inference() else p.detach()).requires_grad_() for p in primals]
+            outputs, auxiliary = function(*tree)
     except RuntimeError as error:
         if current_level() is None or "vmap" not in str(error):
             raise
@@ -128,9 +127,9 @@ def linearised(
     def pull(cotangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         reached = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
         if not reached:  # nothing on the way to the output depends on the primals
-            return tuple(torch.zeros_like(p) for p in leaves)
-        gradients = pulled_back([y for y, _ in reached], leaves, [c for _, c in reached])
-        return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, leaves, strict=True))
+            return tuple(torch.zeros_like(p) for p in tree)
+        gradients = pulled_back([y for y, _ in reached], tree, [c for _, c in reached])
+        return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, tree, strict=True))
 
     return tuple(output.detach() for output in outputs), pull, tuple(a.detach() for a in auxiliary)
 
@@ -144,7 +143,7 @@ def _by_vjp(function: Callable[..., Any], primals: Sequence[Tensor]) -> tuple[An
     return outputs, pull, auxiliary
 
 
-class _Surprise(Exception):
+class _ShapeChanged(Exception):
     """A layer put out something else than the probe had seen."""
 
 
@@ -160,14 +159,14 @@ def _pullback_to_layer(
 ) -> Pulled:
     if not isinstance(model, nn.Module):
         raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
-    seen = activations_at(params, model, x, site)
+    seen = layer_shapes(params, model, x, site)
     try:
         return _pullback_to_seen(params, model, x, site, seen, output, table, strict, given)
-    except _Surprise:
-        seen = activations_at(params, model, x, site, real=True)
+    except _ShapeChanged:
+        seen = layer_shapes(params, model, x, site, real=True)
     try:
         return _pullback_to_seen(params, model, x, site, seen, output, table, strict, given)
-    except _Surprise:
+    except _ShapeChanged:
         raise RuntimeError(f"`layer` names `{site}`, whose activation changes its shape from run to run.") from None
 
 
@@ -176,7 +175,7 @@ def _pullback_to_seen(
     model: nn.Module,
     x: Inputs,
     site: Site,
-    seen: tuple[Seen, ...],
+    seen: tuple[LayerShape, ...],
     output: Select,
     table: Table | None,
     strict: bool,
@@ -185,7 +184,7 @@ def _pullback_to_seen(
     chosen = range(len(seen)) if site.call is None else [site.call]
     if not seen or (site.call is not None and site.call >= len(seen)):
         raise ValueError(f"`layer` names `{site}`, but a forward calls `{site.name}` {len(seen)} times.")
-    device = next(t for _, t in Leaves(x).items if t is not None).device
+    device = next(t for _, t in InputTree(x).items if t is not None).device
     # a zero takes no memory until something is added to it
     zeros = [torch.zeros((), dtype=seen[i].dtype, device=device).expand(seen[i].shape) for i in chosen]
 
@@ -195,11 +194,11 @@ def _pullback_to_seen(
         def edit(site: Site, call: int, activation: Tensor) -> Tensor:
             if call not in chosen:
                 if site.call is None:
-                    raise _Surprise
+                    raise _ShapeChanged
                 return activation
             delta = deltas[list(chosen).index(call)]
             if activation.shape != delta.shape:
-                raise _Surprise
+                raise _ShapeChanged
             if not activation.is_floating_point() and not activation.is_complex():
                 raise TypeError(f"`layer` names `{site}`, whose activation is {activation.dtype}, not floating point.")
             if given is not None:
@@ -212,10 +211,10 @@ def _pullback_to_seen(
             params, model, x, output=output, table=table, strict=strict, sites=(site,), edit=edit, seen={site: seen}
         )
         if len(activations) != len(chosen):
-            raise _Surprise
+            raise _ShapeChanged
         return (y, *shortcuts()), tuple(activations[call] for call in chosen)
 
-    plain = _is_plain(params, model, Leaves(x), (*zeros, *(given or ())), output)
+    plain = _is_plain(params, model, InputTree(x), (*zeros, *(given or ())), output)
     outputs, back, activations = linearised(forward, zeros, plain)
 
     def pull(cotangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

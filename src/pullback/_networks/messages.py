@@ -1,8 +1,4 @@
-"""Networks by name with the preprocessing and class names that belong to them, and photographs read for them.
-
-What the command line needs besides the library. Nothing is ever downloaded: weights come from an installed package or
-from a file. What a user can get wrong is raised as `Problem`, a message that says what and how to mend it.
-"""
+"""What the command line says: problems that a user can mend, and lines on the terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ def needed(extra: str, *modules: str) -> list[Any]:
 
 
 @contextmanager
-def told_as(what: str) -> Iterator[None]:
+def as_user_error(what: str) -> Iterator[None]:
     """Turn whatever fails in code that is not ours, such as a user's model, into a `Problem`."""
     try:
         yield

@@ -1,8 +1,4 @@
-"""Networks by name with the preprocessing and class names that belong to them, and photographs read for them.
-
-What the command line needs besides the library. Nothing is ever downloaded: weights come from an installed package or
-from a file. What a user can get wrong is raised as `Problem`, a message that says what and how to mend it.
-"""
+"""Networks by name, their weights, preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pullback._networks.messages import Problem, first_line, needed, say, told_as, unknown
+from pullback._networks.messages import Problem, as_user_error, first_line, needed, say, unknown
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -59,7 +55,7 @@ def load(name: str, weights: str | None, device: torch.device) -> Network:
         device: Where to.
     """
     kind, _, rest = name.partition(":")
-    with torch.random.fork_rng(devices=[]), told_as(f"the model {name!r} could not be made"):
+    with torch.random.fork_rng(devices=[]), as_user_error(f"the model {name!r} could not be made"):
         torch.manual_seed(0)  # so that random weights are the same ones each time
         if name == "efficientnet-lite0":
             network = _efficientnet_lite0(packaged=weights is None)

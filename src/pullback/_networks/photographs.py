@@ -1,8 +1,4 @@
-"""Networks by name with the preprocessing and class names that belong to them, and photographs read for them.
-
-What the command line needs besides the library. Nothing is ever downloaded: weights come from an installed package or
-from a file. What a user can get wrong is raised as `Problem`, a message that says what and how to mend it.
-"""
+"""Photographs read from files and prepared for a network."""
 
 from __future__ import annotations
 

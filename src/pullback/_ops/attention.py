@@ -1,19 +1,7 @@
-"""Torch operations whose own form is wrong, random, unbatched, wasteful or has no second derivative, in a better one.
+"""Attention in terms of linear, matmul and softmax.
 
-- `batch_norm`, `instance_norm`: on a CPU the native backward is silently wrong at batch size 1 when the cotangent comes
-  back in channels-last-like strides. In eval mode batch norm is an affine map, and its backward one multiplication.
-- `adaptive_avg_pool` to one position: its backward writes the same number to every position.
-- `scaled_dot_product_attention`: the fused kernels have no batching rule and no second derivative. The explicit form
-  holds the attention matrix, ``[batch head query key]``.
-- `multi_head_attention_forward`: one Python function that would hide its parts (linear, softmax) from the rules.
-- `dropout` with ``training=True`` hard-coded: an explanation of a random function is not a function. Left out and told.
-- `weight_norm`: the fused kernel has neither a batching rule nor forward mode; `clamp_` has no batching rule.
-- `embedding` with ``max_norm``: torch rescales the weight in place.
-- `2 / x`, `2**x`, `x **= 2`, `a @ x` by reflection: Python functions that would hide what they are made of.
-- recurrent layers on CUDA: cuDNN refuses a backward in eval mode and has no second derivative. On a CPU, torch 2.0's
-  LSTM has none either, but in float64.
-
-A form is called as ``form(mode, func, *args, **kwargs)``; it runs outside the mode; ``with mode.within():`` goes back.
+The fused kernels have no batching rule and no second derivative, and would hide their parts from the rules. The
+explicit form holds the attention matrix, ``[batch head query key]``.
 """
 
 from __future__ import annotations
@@ -25,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pullback._ops.replacements import DROPOUT, Form
+from pullback._ops.spellings import Operation
 
 
-def _attention(
+def attention(
     mode: Any,
-    func: Form,
+    func: Operation,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -41,7 +29,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     if dropout_p > 0:
-        mode.tell(DROPOUT)
+        mode.note_dropout()
     if enable_gqa:
         key, value = (v.repeat_interleave(query.shape[-3] // v.shape[-3], -3) for v in (key, value))
     allowed = None
@@ -64,9 +52,9 @@ def _attention(
         return torch.matmul(weights, value)
 
 
-def _multi_head_attention(
+def multi_head_attention(
     mode: Any,
-    func: Form,
+    func: Operation,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -125,7 +113,7 @@ def _multi_head_attention(
     if mask is not None:
         scores = torch.ops.aten.add.Tensor(scores, mask)
     if training and dropout_p > 0:
-        mode.tell(DROPOUT)
+        mode.note_dropout()
     with mode.within():
         attention = torch.softmax(scores, -1)
         mixed = torch.matmul(attention, v)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import DisableTorchFunction, _len_torch_function_stack  # pyright: ignore[reportAttributeAccessIssue]
 
-from pullback._ops.dispatch import swapped
-from pullback._ops.replacements import FORMS
+from pullback._ops.dispatch import OperationMode
+from pullback._ops.replacements import REPLACEMENTS
 
 _WEIGHTED = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -29,7 +29,7 @@ _DIRECT = frozenset((*_WEIGHTED, *_NORMS, *_OTHERS))
 _TENSORS = frozenset((Tensor, nn.Parameter, type(None)))
 
 
-def _unseen(direct: Callable[..., Any], layer: nn.Module, mode: swapped, *args: Any, **kwargs: Any) -> Any:
+def _bypassed(direct: Callable[..., Any], layer: nn.Module, mode: OperationMode, *args: Any, **kwargs: Any) -> Any:
     if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
         return type(layer).forward(layer, *args, **kwargs)
     with DisableTorchFunction():
@@ -39,14 +39,14 @@ def _unseen(direct: Callable[..., Any], layer: nn.Module, mode: swapped, *args: 
     return result
 
 
-def _norm(mode: swapped, layer: Any, x: Tensor) -> Tensor:
+def _norm(mode: OperationMode, layer: Any, x: Tensor) -> Tensor:
     layer._check_input_dim(x)
     mean, var = (layer._buffers[name] for name in ("running_mean", "running_var"))
     weight, bias = (layer._parameters[name] for name in ("weight", "bias"))
-    return FORMS[F.batch_norm](mode, F.batch_norm, x, mean, var, weight, bias, mean is None, 0.0, layer.eps)
+    return REPLACEMENTS[F.batch_norm](mode, F.batch_norm, x, mean, var, weight, bias, mean is None, 0.0, layer.eps)
 
 
-def run_directly(layers: Iterable[nn.Module], mode: swapped) -> Callable[[], None]:
+def bypass(layers: Iterable[nn.Module], mode: OperationMode) -> Callable[[], None]:
     """Let the layers of a shell that can do so run out of the sight of `mode`. Gives what ends it."""
     if _len_torch_function_stack():  # somebody else looks as well
         return lambda: None
@@ -61,7 +61,7 @@ def run_directly(layers: Iterable[nn.Module], mode: swapped) -> Callable[[], Non
         if not _TENSORS.issuperset(map(type, attributes["_parameters"].values())):
             continue
         direct = partial(_norm, mode) if kind in _NORMS else kind.forward
-        attributes["forward"] = partial(_unseen, direct, layer, mode)
+        attributes["forward"] = partial(_bypassed, direct, layer, mode)
         changed.append(attributes)
 
     def end() -> None:

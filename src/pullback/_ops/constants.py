@@ -1,20 +1,7 @@
-r"""Relevance rules: what layer-wise relevance propagation does at an operation.
+"""Which tensors of a run do not depend on its input.
 
-**Coordinates.** The relevance of a tensor `h` is carried as a cotangent `c` with :math:`R = h \odot c`. Then every
-linear operation without parameters (reshape, concatenation, sum, mean, `+`, pooling, padding, interpolation, indexing,
-multiplication by a constant) needs no rule: its ordinary derivative shares relevance out in proportion,
-:math:`R_i = \frac{h_i w_i}{\sum_j h_j w_j} R`. Skips and reused tensors come out right because cotangents add up.
-Relevance can also be put on an activation that is 0 (the z-box, flat and w-square rules do): zeros count as
-:math:`10^{-12}` in these coordinates.
-
-**A rule adds a zero.** With :math:`\hat h` the input as the pullback that is under way does not see it (a constant to
-it, but differentiable to whoever differentiates the explanation),
-
-.. math:: y = f(\hat h) + M(\hat h) \, (h - \hat h)
-
-has the value of `f` and pulls cotangents back by the transpose of any linear map `M` that one likes. What `M` needs of
-the forward, such as denominators, does not depend on the cotangent: it is computed once for all targets that are pulled
-back together. `propagated` makes such a rule.
+Parameters, and what is computed from parameters alone, take no part in sharing relevance. A run keeps this account in
+its memo, by the identity of tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pullback._ops.spellings import Operation, operation_of
+from pullback._ops.spellings import Operation, canonical
 from pullback._torch.internals import compiling
 
 # -- what a run remembers of tensors
@@ -71,7 +58,7 @@ _WITHOUT_DERIVATIVE = frozenset(
 
 def watch_constants(memo: dict[str, Any], func: Operation, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
     """Keep account of the tensors that are computed from parameters alone: they take no part in sharing relevance."""
-    fixed = operation_of(func) is not F.embedding and constants_only(args, kwargs, memo)
+    fixed = canonical(func) is not F.embedding and constants_only(args, kwargs, memo)
     if fixed or getattr(func, "__name__", "") in _WITHOUT_DERIVATIVE:
         for value in result if isinstance(result, list | tuple) else (result,):
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -103,7 +90,6 @@ class Remembering:
     """A rule that reads the memo of the run."""
 
     wants_memo = True
-    watch = staticmethod(watch_constants)
 
     def __init__(self, rule: Callable[..., Any]) -> None:
         self.rule = rule

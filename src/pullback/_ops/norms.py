@@ -1,19 +1,7 @@
-"""Torch operations whose own form is wrong, random, unbatched, wasteful or has no second derivative, in a better one.
+"""Batch, instance and layer norm in forms that can be differentiated as often as needed.
 
-- `batch_norm`, `instance_norm`: on a CPU the native backward is silently wrong at batch size 1 when the cotangent comes
-  back in channels-last-like strides. In eval mode batch norm is an affine map, and its backward one multiplication.
-- `adaptive_avg_pool` to one position: its backward writes the same number to every position.
-- `scaled_dot_product_attention`: the fused kernels have no batching rule and no second derivative. The explicit form
-  holds the attention matrix, ``[batch head query key]``.
-- `multi_head_attention_forward`: one Python function that would hide its parts (linear, softmax) from the rules.
-- `dropout` with ``training=True`` hard-coded: an explanation of a random function is not a function. Left out and told.
-- `weight_norm`: the fused kernel has neither a batching rule nor forward mode; `clamp_` has no batching rule.
-- `embedding` with ``max_norm``: torch rescales the weight in place.
-- `2 / x`, `2**x`, `x **= 2`, `a @ x` by reflection: Python functions that would hide what they are made of.
-- recurrent layers on CUDA: cuDNN refuses a backward in eval mode and has no second derivative. On a CPU, torch 2.0's
-  LSTM has none either, but in float64.
-
-A form is called as ``form(mode, func, *args, **kwargs)``; it runs outside the mode; ``with mode.within():`` goes back.
+On a CPU the native backward of batch and instance norm is silently wrong at batch size 1 when the cotangent comes back
+in channels-last-like strides. In eval mode batch norm is an affine map, and its backward one multiplication.
 """
 
 from __future__ import annotations
@@ -26,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pullback._ops.replacements import Form
+from pullback._ops.spellings import Operation
 from pullback._torch.internals import compiling, current_level, is_functorch_wrapped_tensor
 
 
@@ -76,9 +64,9 @@ class _Normed(torch.autograd.Function):
         return cotangent * scale, None, None, None, None, None
 
 
-def _batch_norm(
+def batch_norm(
     mode: Any,
-    func: Form,
+    func: Operation,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -108,9 +96,9 @@ def _batch_norm(
     return _normalised(input, mean, var, weight, bias, eps)
 
 
-def _instance_norm(
+def instance_norm(
     mode: Any,
-    func: Form,
+    func: Operation,
     input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
@@ -121,7 +109,7 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if not use_input_stats:
-        return _batch_norm(mode, func, input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return batch_norm(mode, func, input, running_mean, running_var, weight, bias, False, momentum, eps)
     dims = list(range(2, input.ndim))
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     mean, var = wide.mean(dims, keepdim=True), wide.var(dims, unbiased=False, keepdim=True)
@@ -129,12 +117,12 @@ def _instance_norm(
     return _normalised(input, mean, var, weight, bias, eps)
 
 
-def _torch_norm(form: Form) -> Form:
+def torch_norm(form: Operation) -> Operation:
     """Adapt to the argument order of `torch.batch_norm` and `torch.instance_norm`: weight and bias come first."""
 
     def adapted(
         mode: Any,
-        func: Form,
+        func: Operation,
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,

@@ -1,21 +1,4 @@
-r"""Relevance rules: what layer-wise relevance propagation does at an operation.
-
-**Coordinates.** The relevance of a tensor `h` is carried as a cotangent `c` with :math:`R = h \odot c`. Then every
-linear operation without parameters (reshape, concatenation, sum, mean, `+`, pooling, padding, interpolation, indexing,
-multiplication by a constant) needs no rule: its ordinary derivative shares relevance out in proportion,
-:math:`R_i = \frac{h_i w_i}{\sum_j h_j w_j} R`. Skips and reused tensors come out right because cotangents add up.
-Relevance can also be put on an activation that is 0 (the z-box, flat and w-square rules do): zeros count as
-:math:`10^{-12}` in these coordinates.
-
-**A rule adds a zero.** With :math:`\hat h` the input as the pullback that is under way does not see it (a constant to
-it, but differentiable to whoever differentiates the explanation),
-
-.. math:: y = f(\hat h) + M(\hat h) \, (h - \hat h)
-
-has the value of `f` and pulls cotangents back by the transpose of any linear map `M` that one likes. What `M` needs of
-the forward, such as denominators, does not depend on the cotangent: it is computed once for all targets that are pulled
-back together. `propagated` makes such a rule.
-"""
+"""Read the arguments of an operation: operands by place, and linear maps with their weight, bias and settings."""
 
 from __future__ import annotations
 
@@ -27,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pullback._ops.constants import is_constant
-from pullback._ops.spellings import Operation, operation_of
+from pullback._ops.spellings import Operation, canonical
 
 
 def arguments(args: Sequence[Any], kwargs: dict[str, Any], *names: tuple[str, Any]) -> list[Any]:
@@ -70,12 +53,12 @@ class LinearMap(NamedTuple):
         return bias.reshape(-1, *[1] * (y.ndim - 1 - self.axis % y.ndim))
 
 
-CONVOLUTIONS = tuple(operation_of(getattr(F, f"conv{n}d")) for n in (1, 2, 3))
-TRANSPOSED = tuple(operation_of(getattr(F, f"conv_transpose{n}d")) for n in (1, 2, 3))
-PRODUCTS = tuple(operation_of(op) for op in (torch.matmul, torch.mm, torch.bmm, torch.einsum))
-BILINEAR = tuple(operation_of(op) for op in (torch.mul, torch.mv, torch.dot, torch.inner, torch.outer, torch.kron))
-SUMMED_PRODUCTS = tuple(operation_of(op) for op in (torch.addmm, torch.baddbmm))
-LINEAR = (operation_of(F.linear), *CONVOLUTIONS, *TRANSPOSED)
+CONVOLUTIONS = tuple(canonical(getattr(F, f"conv{n}d")) for n in (1, 2, 3))
+TRANSPOSED = tuple(canonical(getattr(F, f"conv_transpose{n}d")) for n in (1, 2, 3))
+PRODUCTS = tuple(canonical(op) for op in (torch.matmul, torch.mm, torch.bmm, torch.einsum))
+BILINEAR = tuple(canonical(op) for op in (torch.mul, torch.mv, torch.dot, torch.inner, torch.outer, torch.kron))
+SUMMED_PRODUCTS = tuple(canonical(op) for op in (torch.addmm, torch.baddbmm))
+LINEAR = (canonical(F.linear), *CONVOLUTIONS, *TRANSPOSED)
 
 
 def summed_product(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:

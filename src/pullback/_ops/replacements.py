@@ -19,22 +19,19 @@ A form is called as ``form(mode, func, *args, **kwargs)``; it runs outside the m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pullback._ops.attention import _attention, _multi_head_attention
-from pullback._ops.norms import _batch_norm, _instance_norm, _torch_norm
+from pullback._ops.attention import attention, multi_head_attention
+from pullback._ops.norms import batch_norm, instance_norm, torch_norm
+from pullback._ops.spellings import Operation
 from pullback._torch.internals import LSTM_IS_ONE_PIECE, is_functorch_wrapped_tensor
 
-Form = Callable[..., Any]
-DROPOUT = "dropout with training=True"
 
-
-def _pooled(mode: Any, func: Form, input: Tensor, output_size: Any) -> Tensor:
+def _pooled(mode: Any, func: Operation, input: Tensor, output_size: Any) -> Tensor:
     """Average over all positions as a sum and a quotient: the same number, and a cotangent that takes no memory."""
     axes = int(func.__name__[-2])
     sizes = (output_size,) * axes if isinstance(output_size, int) else tuple(output_size)
@@ -44,20 +41,20 @@ def _pooled(mode: Any, func: Form, input: Tensor, output_size: Any) -> Tensor:
 
 
 def _dropout(
-    mode: Any, func: Form, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    mode: Any, func: Operation, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
     if training and p > 0:
-        mode.tell(DROPOUT)
+        mode.note_dropout()
     return input
 
 
-def _torch_dropout(mode: Any, func: Form, input: Tensor, p: float, train: bool) -> Tensor:
+def _torch_dropout(mode: Any, func: Operation, input: Tensor, p: float, train: bool) -> Tensor:
     return _dropout(mode, func, input, p, train)
 
 
 def _embedding(
     mode: Any,
-    func: Form,
+    func: Operation,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -73,7 +70,7 @@ def _embedding(
     return torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
 
 
-def _recurrent(mode: Any, func: Form, data: Tensor, *rest: Any, **kwargs: Any) -> Any:
+def _recurrent(mode: Any, func: Operation, data: Tensor, *rest: Any, **kwargs: Any) -> Any:
     args: tuple[Any, ...] = (data, *rest)
     packed = len(args) > 3 and isinstance(args[3], list | tuple)  # (data, batch_sizes, hx, params, ...)
     given = [part for arg in args for part in (arg if isinstance(arg, list | tuple) else [arg])]
@@ -93,25 +90,25 @@ def _recurrent(mode: Any, func: Form, data: Tensor, *rest: Any, **kwargs: Any) -
     return decomposition_table[getattr(getattr(torch.ops.aten, func.__name__), overload)](*args, **kwargs)
 
 
-def _weight_norm(mode: Any, func: Form, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+def _weight_norm(mode: Any, func: Operation, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Apply ``v * g / |v|``, the norm taken over all axes but `dim`, or over all of them for -1."""
     axes = [axis for axis in range(v.ndim) if axis != dim]
     return v * (g / torch.linalg.vector_norm(v, 2, axes, keepdim=dim != -1))
 
 
-def _written(pure: Form) -> Form:
+def _written(pure: Operation) -> Operation:
     """Do out of place what torch has no batching rule for in place, and write it back."""
 
-    def form(mode: Any, func: Form, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def form(mode: Any, func: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return input.copy_(pure(input.clone(), *args, **kwargs))  # what it saves must not be overwritten
 
     return form
 
 
-def _reflected(function: Form) -> Form:
+def _reflected(function: Operation) -> Operation:
     """Swap the arguments of an operator that Python asks of its right operand."""
 
-    def form(mode: Any, func: Form, input: Tensor, other: Any) -> Tensor:
+    def form(mode: Any, func: Operation, input: Tensor, other: Any) -> Tensor:
         with mode.within():
             return function(other, input)
 
@@ -122,19 +119,19 @@ def _quotient(other: Any, input: Tensor) -> Tensor:
     return torch.reciprocal(input) * other
 
 
-def _power(mode: Any, func: Form, input: Tensor, other: Any) -> Tensor:
+def _power(mode: Any, func: Operation, input: Tensor, other: Any) -> Tensor:
     with mode.within():
         return input.pow_(other)
 
 
-def _forms() -> dict[Form, Form]:
-    forms: dict[Form, Form] = {
-        F.batch_norm: _batch_norm,
-        torch.batch_norm: _torch_norm(_batch_norm),
-        F.instance_norm: _instance_norm,
-        torch.instance_norm: _torch_norm(_instance_norm),
-        F.scaled_dot_product_attention: _attention,
-        F.multi_head_attention_forward: _multi_head_attention,
+def _replacements() -> dict[Operation, Operation]:
+    forms: dict[Operation, Operation] = {
+        F.batch_norm: batch_norm,
+        torch.batch_norm: torch_norm(batch_norm),
+        F.instance_norm: instance_norm,
+        torch.instance_norm: torch_norm(instance_norm),
+        F.scaled_dot_product_attention: attention,
+        F.multi_head_attention_forward: multi_head_attention,
         F.embedding: _embedding,
         torch._weight_norm: _weight_norm,
         Tensor.__rdiv__: _reflected(_quotient),
@@ -156,4 +153,4 @@ def _forms() -> dict[Form, Form]:
     return forms
 
 
-FORMS = _forms()
+REPLACEMENTS = _replacements()

@@ -1,11 +1,7 @@
-"""Trade torch operations for others while a function runs.
+"""The spellings of torch operations: which functions are one operation.
 
-A `torch.overrides.TorchFunctionMode` sees every call of a torch function that Python makes, whatever its spelling
-(`nn.ReLU`, `F.relu`, `torch.relu`, `x.relu()`, `x.relu_()`, a name bound before). It is local to the thread and to the
-``with`` block, so nothing global is patched. What runs inside one C++ call (a scripted module, a fused kernel) and
-inside a foreign `autograd.Function` is out of its sight.
-
-`operation_of` brings the spellings of one operation together: it is the key of every table of rules.
+`nn.ReLU`, `F.relu`, `torch.relu`, `x.relu()` and `x.relu_()` all run the same operation. `canonical` gives the one
+function that stands for all of them; it is the key of every table of rules.
 """
 
 from __future__ import annotations
@@ -122,7 +118,7 @@ def _spellings() -> dict[Operation, Spelling]:
 SPELLINGS = _spellings()
 
 
-def operation_of(function: Operation) -> Operation:
+def canonical(function: Operation) -> Operation:
     """Give the canonical form of a torch function: `F.relu`, `Tensor.relu_` and `torch.relu` are one operation."""
     spelling = SPELLINGS.get(function)
     return spelling.operation if spelling else function
@@ -130,4 +126,4 @@ def operation_of(function: Operation) -> Operation:
 
 def activations() -> frozenset[Operation]:
     """The pointwise nonlinearities, each in its canonical form."""
-    return frozenset(operation_of(getattr(F, name)) for name in ACTIVATIONS)
+    return frozenset(canonical(getattr(F, name)) for name in ACTIVATIONS)

@@ -1,0 +1,1 @@
+"""What torch keeps to itself: transforms, levels of derivatives, random numbers by place, the heap."""

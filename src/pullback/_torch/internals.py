@@ -1,4 +1,4 @@
-"""Many targets of one input: one forward, and pulls in chunks."""
+"""What torch keeps to itself, under one name for every torch from 2.0 on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def readable(tensor: Tensor) -> bool:
     if compiling() or tensor.is_meta or is_functorch_wrapped_tensor(tensor):
         return False
     return type(tensor) in (Tensor, nn.Parameter)
+
 
 functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 is_functorch_wrapped_tensor: Callable[[Any], bool] = functorch.is_functorch_wrapped_tensor

@@ -15,13 +15,12 @@ from einops import rearrange
 from torch import Tensor
 from torch.func import vjp
 
-from pullback._call import Params
 from pullback._core.entry import public
 from pullback._core.forward import run
-from pullback._core.inputs import Leaves
+from pullback._core.inputs import InputTree
 from pullback._core.many.pulls import shared_pull
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._ops.dispatch import Table
 from pullback._ops.spellings import Operation
 from pullback._torch.internals import eye
@@ -54,7 +53,7 @@ def attention_weights(params: Params, model: Model, x: Inputs, *, output: Select
     """
     weights: list[Tensor] = []
     run(params, model, x, output=output, table=_attention_table(weights, None))
-    return _checked(weights, Leaves(x).batch)
+    return _checked(weights, InputTree(x).batch)
 
 
 def _checked(weights: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
@@ -139,7 +138,7 @@ def attention_relevance(
     """
     found: list[Tensor] = []
     run(params, model, x, output=lambda result: torch.zeros(()), table=_attention_table(found, None))
-    _checked(found, Leaves(x).batch)
+    _checked(found, InputTree(x).batch)
     zeros = [torch.zeros((), dtype=w.dtype, device=w.device).expand(w.shape) for w in found]
 
     def forward(*added: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -148,7 +147,7 @@ def attention_relevance(
         return y, tuple(weights)
 
     y, pull, weights = vjp(forward, *zeros, has_aux=True)  # pyright: ignore[reportAssignmentType]
-    batch = Leaves(x).batch
+    batch = InputTree(x).batch
     gradients = _checked(shared_pull(lambda cotangents: pull(cotangents[0]), (y,))(cotangent(y, target)), batch)
     total = eye(weights[0].shape[-1], weights[0])
     for w, g in zip(_checked(weights, batch), gradients, strict=True):

@@ -11,20 +11,19 @@ from torch import Tensor
 from torch.func import vjp
 
 from pullback import maps
-from pullback._call import Params
 from pullback._core.entry import public
 from pullback._core.forward import run
 from pullback._core.many.pulls import shared_pull
 from pullback._core.targets import cotangent, score
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._ops.dispatch import Table
 from pullback._ops.norms import layer_norm
-from pullback._ops.replacements import FORMS
-from pullback._ops.spellings import ACTIVATIONS, Operation, operation_of
+from pullback._ops.replacements import REPLACEMENTS
+from pullback._ops.spellings import ACTIVATIONS, Operation, canonical
 from pullback._torch.levels import jvp
 
 _CONVOLUTIONS = [getattr(F, f"{kind}{n}d") for kind in ("conv", "conv_transpose") for n in (1, 2, 3)]
-_LAYER_NORM = operation_of(F.layer_norm)
+_LAYER_NORM = canonical(F.layer_norm)
 _NORMS = [F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm]
 _CURVED = [getattr(F, name) for name in ACTIVATIONS if name not in ("relu", "leaky_relu", "prelu", "rrelu")]
 _CURVED += [torch.clamp, torch.clamp_min, torch.clamp_max, F.softmax, F.log_softmax, torch.softmax, torch.log_softmax]
@@ -60,7 +59,7 @@ def full_grad(
         params, model, x, target, output, strict: See `gradient`; `x` is ``[batch channel ...]``.
         post: Taken of each share before it is scaled; `torch.relu` keeps what speaks for the target.
         return_info: Return ``(map, info)``, where ``info["input"]`` and ``info["biases"]`` are the shares of input and
-            biases, and ``info["gap"]``, ``[batch]``, their sum less the score.
+            biases, and ``info["convergence_delta"]``, ``[batch]``, their sum less the score.
 
     Returns:
         Map ``[batch 1 ...]`` at the size of `x`, not negative with the default `post`.
@@ -73,7 +72,7 @@ def full_grad(
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
         >>> params, x = params_of(model), torch.randn(2, 3, 6, 6)
         >>> m, info = full_grad(params, model, x, 0, return_info=True)
-        >>> torch.allclose(info["gap"], torch.zeros(2), atol=1e-5)
+        >>> torch.allclose(info["convergence_delta"], torch.zeros(2), atol=1e-5)
         True
 
     Reference:
@@ -97,7 +96,7 @@ def full_grad(
     if not return_info:
         return map
     gap = sum(s.reshape(x.shape[0], -1).sum(1) for s in shares) - score(y, target)
-    return map, {"input": shares[0], "biases": shares[1:], "gap": gap}
+    return map, {"input": shares[0], "biases": shares[1:], "convergence_delta": gap}
 
 
 def _shape(x: Any) -> str:
@@ -137,7 +136,7 @@ def _of_curved(noted: Noted) -> Callable[..., Tensor]:
     """Note what an operation puts out above its derivative times its input."""
 
     def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        form = FORMS.get(operation)
+        form = REPLACEMENTS.get(operation)
 
         def function(input: Tensor) -> Tensor:
             if operation is _LAYER_NORM:

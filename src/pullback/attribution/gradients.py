@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from pullback import maps
-from pullback._call import Params
 from pullback._core.entry import public
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._core.vjp import Pulled, pullback
 from pullback.rules._table import Rules, table_of
 

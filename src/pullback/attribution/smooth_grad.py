@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback._call import Params
-from pullback._core.batching import Progress, Together
+from pullback._core.batching import ChunkSize, Progress
 from pullback._core.entry import public
-from pullback._core.inputs import Leaves, each, folded, repeated, unfolded
+from pullback._core.inputs import InputTree, each, folded, repeated, unfolded
 from pullback._core.many.copies import copies
-from pullback._core.types import Inputs, Model, Target
+from pullback._core.types import Inputs, Model, Params, Target
 from pullback._torch.random import Seed, normal
 from pullback.attribution.gradients import gradient
 
@@ -33,7 +32,7 @@ def smooth_grad(
     noise: float = 0.15,
     absolute: bool = False,
     seed: Seed = 0,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     **options: Any,
 ) -> Any:
@@ -75,26 +74,26 @@ def smooth_grad(
         Smilkov et al., SmoothGrad: Removing Noise by Adding Noise, 2017, sec. 3.1. Hooker et al., A Benchmark for
         Interpretability Methods, 2019 (squared). Adebayo et al., Local Explanation Methods, 2018 (variance).
     """
-    leaves = _checked(x, statistic, samples, noise)
-    scales = [torch.full_like(t[:1], noise) if absolute else noise * _span(t) for t in leaves.tensors]
+    tree = _checked(x, statistic, samples, noise)
+    scales = [torch.full_like(t[:1], noise) if absolute else noise * _span(t) for t in tree.tensors]
 
     def sampled(part: range) -> Any:
         """Give the attributions of some samples, ``[sample batch ...]``."""
-        index = torch.arange(part.start, part.stop, device=leaves.tensors[0].device)
+        index = torch.arange(part.start, part.stop, device=tree.tensors[0].device)
         noisy = [
             folded(t + scale * normal(seed, index, t.shape[1:], t.dtype, stream).unsqueeze(1))
-            for stream, (t, scale) in enumerate(zip(leaves.tensors, scales, strict=True))
+            for stream, (t, scale) in enumerate(zip(tree.tensors, scales, strict=True))
         ]
 
         def each_copy(v: Any) -> Any:
-            return repeated(v, len(part), leaves.batch)
+            return repeated(v, len(part), tree.batch)
 
-        a = method(params, model, leaves.rebuild(noisy, each_copy), each_copy(target), **options)
+        a = method(params, model, tree.rebuild(noisy, each_copy), each_copy(target), **options)
         return each(lambda v: unfolded(v, len(part)), a)
 
     totals: list[Any] = []
     first: Any = None
-    for part in copies(samples, chunk_size, leaves.tensors, progress):
+    for part in copies(samples, chunk_size, tree.tensors, progress):
         a = sampled(part)
         first = each(lambda v: v[0], a) if first is None else first
         sums = [each(lambda v: v.sum(0), moment) for moment in _moments(statistic, a, first)]
@@ -104,7 +103,7 @@ def smooth_grad(
     return each(lambda t: t / samples, totals[0])
 
 
-def _checked(x: Inputs, statistic: str, samples: int, noise: float) -> Leaves:
+def _checked(x: Inputs, statistic: str, samples: int, noise: float) -> InputTree:
     if statistic not in ("mean", "squared", "variance"):
         raise ValueError(f"`statistic` must be 'mean', 'squared' or 'variance', got {statistic!r}.")
     least = 2 if statistic == "variance" else 1
@@ -112,10 +111,10 @@ def _checked(x: Inputs, statistic: str, samples: int, noise: float) -> Leaves:
         raise ValueError(f"`samples` must be at least {least}, got {samples}.")
     if not noise >= 0:
         raise ValueError(f"`noise` must be a standard deviation of at least 0, got {noise}.")
-    leaves = Leaves(x)
-    if not leaves.floating:
+    tree = InputTree(x)
+    if not tree.floating:
         raise TypeError("`x` holds no floating-point tensor to add noise to. Give the embedding as `x`.")
-    return leaves
+    return tree
 
 
 def _moments(statistic: str, a: Any, first: Any) -> list[Any]:

@@ -10,9 +10,8 @@ from einops import einsum
 from torch import Tensor
 
 from pullback import maps
-from pullback._call import Params
 from pullback._core.entry import public
-from pullback._core.types import Model, Select, Target
+from pullback._core.types import Model, Params, Select, Target
 from pullback.attribution.paths.integrated import integrated_gradients
 
 

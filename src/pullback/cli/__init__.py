@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import pullback
-from pullback._networks.messages import Problem, say, told_as
+from pullback._networks.messages import Problem, as_user_error, say
 from pullback.cli._asked import chosen_methods as chosen_methods
 from pullback.cli._asked import is_required, method_options, public_methods, set_up, version
 from pullback.cli._dataset import metrics, run, show
@@ -43,7 +43,7 @@ def list_methods(arguments: argparse.Namespace) -> int:
 def list_layers(arguments: argparse.Namespace) -> int:
     """Print each layer of a model with the shape of its output."""
     _, network, probe = set_up(arguments)
-    with told_as(f"the model cannot be run on an input of shape {list(probe.shape)}"):
+    with as_user_error(f"the model cannot be run on an input of shape {list(probe.shape)}"):
         layers = pullback.layers(pullback.params_of(network.model), network.model, probe)
     rows = [
         (name, type(network.model.get_submodule(name)).__name__, ", ".join("x".join(map(str, s)) for s in shapes))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import pullback
-from pullback._networks.messages import Problem, told_as, unknown
+from pullback._networks.messages import Problem, as_user_error, unknown
 from pullback._networks.models import Network, find_device, load
 
 # -- network -----------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def set_up(arguments: argparse.Namespace) -> tuple[torch.device, Network, Tensor
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """Probabilities ``[class]``."""
-    with told_as(f"the model cannot be run on an input of shape {list(x.shape)}"), torch.no_grad():
+    with as_user_error(f"the model cannot be run on an input of shape {list(x.shape)}"), torch.no_grad():
         scores = model(x)
     if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[1] < 1:
         got = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -229,7 +229,7 @@ def settle_layers(methods: Mapping[str, dict[str, Any]], params: Any, model: nn.
     asked = [options for options in methods.values() if options.get("layer")]
     if not asked:
         return
-    with told_as("the layers of the model cannot be told"):
+    with as_user_error("the layers of the model cannot be told"):
         known = pullback.layers(params, model, probe)
         found = ""
         for options in asked:

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 import pullback
 from pullback import maps
-from pullback._networks.messages import Problem, needed, say, told_as, unknown
+from pullback._networks.messages import Problem, as_user_error, needed, say, unknown
 from pullback._networks.models import Network, Preprocessing, class_names, find_device, load
 from pullback._networks.photographs import FORMATS, prepare, read
 from pullback.cli import _asked
@@ -233,7 +233,7 @@ def show(arguments: argparse.Namespace) -> int:
         if id not in made.ids:
             raise Problem(unknown("id", id, made.ids))
     out = Path(arguments.out)
-    with told_as(f"cannot write to {str(out)!r}"):
+    with as_user_error(f"cannot write to {str(out)!r}"):
         out.mkdir(parents=True, exist_ok=True)
     for id in arguments.id:
         place = made.ids.index(id)
@@ -268,7 +268,7 @@ def metrics(arguments: argparse.Namespace) -> int:
         rows = [row for places in _batches(made) for row in trial.rows(places)]
     if arguments.out:
         out = Path(arguments.out)
-        with told_as(f"cannot write to {arguments.out!r}"), out.open("w", newline="", encoding="utf-8") as file:
+        with as_user_error(f"cannot write to {arguments.out!r}"), out.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("id", "target", "method", "metric", "value"), *rows])
     found: dict[tuple[str, str], list[float]] = {(method, metric): [] for method in methods for metric in wanted}
     for _, _, method, metric, value in rows:
@@ -306,7 +306,7 @@ class Trial:
             for metric, k in itertools.product(self.metrics, range(targets.shape[1])):
                 self.bar.set_description_str(f"{metric} of {method}", refresh=False)
                 judged, target = as_judged(method, metric, held[:, k], preprocessing), targets[:, k]
-                with told_as(f"{metric} of {method} failed"):
+                with as_user_error(f"{metric} of {method} failed"):
                     values = judge(metric, judged, self.params, self.network, x, target, masks, self.options[metric])
                 self.bar.update(len(values))
                 for id, of, value in zip(ids, target.tolist(), values, strict=True):

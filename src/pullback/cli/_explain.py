@@ -22,7 +22,7 @@ from torch import Tensor
 
 import pullback
 from pullback import maps
-from pullback._networks.messages import Problem, needed, told_as
+from pullback._networks.messages import Problem, as_user_error, needed
 from pullback._networks.models import Network, class_names
 from pullback._networks.photographs import prepare, read
 from pullback.cli import _asked
@@ -80,7 +80,7 @@ class Task:
         if "progress" in inspect.signature(method).parameters:
             options["progress"] = lambda n, all: self.bar.set_description_str(f"{name} {n} of {all}", refresh=False)
         over = pullback.over_targets(method, chunk_size=self.chunk_size)
-        with told_as(f"{name} failed"):
+        with as_user_error(f"{name} failed"):
             indices = torch.tensor(targets, device=self.device)
             result = over(self.params, self.network.model, x, indices, **options)
         self.bar.update()
@@ -141,7 +141,7 @@ def drawn(method: str, attribution: Tensor, x: Tensor, smooth: float) -> Tensor:
     Single pixels cannot be seen, so maps as fine as the image are smoothed; `smooth` is a part of its longer side.
     """
     if attribution.ndim == 3:
-        with told_as(f"{method} gives no map"):
+        with as_user_error(f"{method} gives no map"):
             attribution = maps.token_grid(attribution, x)
     if attribution.ndim != 4:
         shape = list(attribution.shape[1:])

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback._call import Params
 from pullback._core.forward import run
 from pullback._core.many.over_targets import over_targets
 from pullback._core.many.state import check_range
-from pullback._core.types import Inputs, Model, Select
+from pullback._core.types import Inputs, Model, Params, Select
 from pullback.dataset._feed import Batch, each_tensor, told
 
 Method: TypeAlias = "Callable[..., Any]"

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pullback._call import Params
 from pullback._core.modules import params_of
-from pullback._core.types import Model
+from pullback._core.types import Model, Params
 
 
 def described(value: Any) -> Any:

@@ -8,8 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pullback._call import Params
-from pullback._core.types import Model, Select
+from pullback._core.types import Model, Params, Select
 from pullback.dataset._compute import Method, Recipe, Reduce, Targets, explained
 from pullback.dataset._feed import Batch
 from pullback.dataset._run import as_asked, placed

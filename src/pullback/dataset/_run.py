@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pullback._call import Params
 from pullback._core.modules import params_of
-from pullback._core.types import Model, Select
+from pullback._core.types import Model, Params, Select
 from pullback._torch.heap import keep_memory
 from pullback.dataset._compute import DTYPES, REDUCTIONS, RESERVED, Method, Recipe, Reduce, Targets, explained
 from pullback.dataset._described import described, described_method, described_model, digest

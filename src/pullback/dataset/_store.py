@@ -57,7 +57,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def told_where(out: Path, doing: str) -> Iterator[None]:
+def options_text(out: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -67,7 +67,7 @@ def told_where(out: Path, doing: str) -> Iterator[None]:
 
 def check_writable(out: Path) -> None:
     """Find out before the first batch is explained."""
-    with told_where(out, "written to"):
+    with options_text(out, "written to"):
         folder = out if out.is_dir() else out.parent
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -196,7 +196,7 @@ class Store:
         """Make a store for such results as those of a first batch; another process may be faster."""
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
-            with told_where(path, "written to"):
+            with options_text(path, "written to"):
                 _make(draft, metadata, results, length)
                 try:
                     draft.rename(path)
@@ -236,7 +236,7 @@ class Store:
     def wait(self) -> None:
         pending, self.pending = self.pending, None
         if pending is not None:
-            with told_where(self.path, "written to"):
+            with options_text(self.path, "written to"):
                 pending.result()
 
     def close(self) -> None:

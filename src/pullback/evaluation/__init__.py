@@ -13,8 +13,8 @@ writes it as CSV or Parquet. `entries` lists every public method at a budget tha
 
 `quantus_explain` makes a method one that Quantus can call.
 
-    python -m pullback.benchmark all --out out/benchmark
-    python -m pullback.benchmark --help
+    python -m pullback.evaluation all --out out/evaluation
+    python -m pullback.evaluation --help
 
 Optional packages are imported where they are needed: ``pip install 'pullback[judge]'``.
 """
@@ -31,8 +31,8 @@ from pullback.evaluation.examples import photographs as photographs
 from pullback.evaluation.examples import single as single
 from pullback.evaluation.examples import tiles as tiles
 from pullback.evaluation.methods import Places as Places
-from pullback.evaluation.methods import affordable as affordable
 from pullback.evaluation.methods import entries as entries
+from pullback.evaluation.methods import within_budget as within_budget
 from pullback.evaluation.quantus import quantus_explain as quantus_explain
 from pullback.evaluation.runner import Entry as Entry
 from pullback.evaluation.runner import run as run

@@ -1,14 +1,14 @@
 """Run the benchmark.
 
-    python -m pullback.benchmark all                 what the README shows: mosaics, digits, sanity
-    python -m pullback.benchmark all --quick         the same on little, to see that it works
-    python -m pullback.benchmark readme README.md    write what was found into the marked block of a file
-    python -m pullback.benchmark voc VOCdevkit/VOC2007 --model package:factory --method gradient,grad_cam --layer features.29
-    python -m pullback.benchmark coco val2014 instances_val2014.json --model package:factory --difficult
-    python -m pullback.benchmark folder IMAGES MASKS --method grad_cam
+    python -m pullback.evaluation all                 what the README shows: mosaics, digits, sanity
+    python -m pullback.evaluation all --quick         the same on little, to see that it works
+    python -m pullback.evaluation readme README.md    write what was found into the marked block of a file
+    python -m pullback.evaluation voc VOCdevkit/VOC2007 --model package:factory --method gradient,grad_cam --layer features.29
+    python -m pullback.evaluation coco val2014 instances_val2014.json --model package:factory --difficult
+    python -m pullback.evaluation folder IMAGES MASKS --method grad_cam
 
 An interrupted run goes on where it was when the same line is entered again.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pullback import cli, params_of
+from pullback import cli, evaluation, params_of
 from pullback._networks.messages import Problem, say, unknown
 from pullback._networks.models import Network, find_device, load
 from pullback.cli._asked import chosen_methods, public_methods, settle_layers
@@ -66,7 +66,7 @@ def judge(
     """Run, and write the tidy table, the summary and the figure."""
     methods = _named(methods, arguments.method)
     out = Path(arguments.out) / (name + ("-quick" if arguments.quick else ""))
-    rows = benchmark.run(model, examples, methods, metrics, out=out, dataset=name, progress=True)
+    rows = evaluation.run(model, examples, methods, metrics, out=out, dataset=name, progress=True)
     write(rows, out, "class" if name in ("voc", "coco") else "target")
 
 
@@ -83,19 +83,19 @@ def _named(methods: Mapping[str, Entry], wanted: str | None) -> dict[str, Entry]
 def write(rows: Sequence[Row], out: Path, per: Any) -> None:
     if not rows:
         raise Problem("nothing was judged: every method failed, as the warnings say")
-    benchmark.write_table(rows, out / "results.csv")
+    evaluation.write_table(rows, out / "results.csv")
     with contextlib.suppress(ImportError):
-        benchmark.write_table(rows, out / "results.parquet")
+        evaluation.write_table(rows, out / "results.parquet")
     columns = columns_of(rows, per)
-    table = benchmark.markdown(columns)
+    table = evaluation.markdown(columns)
     (out / "summary.md").write_text(table + "\n", encoding="utf-8")
-    benchmark.figure(columns).savefig(out / "summary.png", dpi=150)
+    evaluation.figure(columns).savefig(out / "summary.png", dpi=150)
     print(f"{table}\n\n{out}: journal.jsonl, results.csv, summary.md, summary.png")
 
 
 def columns_of(rows: Sequence[Row], per: Any = "target") -> dict[str, list[Summary]]:
     columns: dict[str, list[Summary]] = {}
-    for summary in benchmark.summarise(rows, per=per):
+    for summary in evaluation.summarise(rows, per=per):
         columns.setdefault(HEADINGS.get(summary.metric, summary.metric), []).append(summary)
     return columns
 
@@ -109,27 +109,27 @@ def lite0() -> Network:
 
 def mosaics(arguments: argparse.Namespace) -> None:
     network = lite0()
-    cut = benchmark.tiles(network.model, benchmark.photographs(arguments.folder), network.preprocessing)
-    examples = benchmark.mosaics(cut, count=1 if arguments.quick else 7)
+    cut = evaluation.tiles(network.model, evaluation.photographs(arguments.folder), network.preprocessing)
+    examples = evaluation.mosaics(cut, count=1 if arguments.quick else 7)
     steps, samples = (2, 8) if arguments.quick else (12, 64)
-    table = benchmark.entries(examples, LITE0, steps=steps, samples=samples, side=4 if arguments.quick else 8)
-    judge(arguments, "mosaics", network.model, examples, benchmark.affordable(table, 0), INSIDE)
+    table = evaluation.entries(examples, LITE0, steps=steps, samples=samples, side=4 if arguments.quick else 8)
+    judge(arguments, "mosaics", network.model, examples, evaluation.within_budget(table, 0), INSIDE)
 
 
 def digits(arguments: argparse.Namespace) -> None:
-    model, examples = benchmark.digits(count=3 if arguments.quick else 100, epochs=2 if arguments.quick else 14)
+    model, examples = evaluation.digits(count=3 if arguments.quick else 100, epochs=2 if arguments.quick else 14)
     steps, samples = (2, 8) if arguments.quick else (16, 128)
-    table = benchmark.entries(examples, SMALL, steps=steps, samples=samples, side=4 if arguments.quick else 8)
-    judge(arguments, "digits", model, examples, benchmark.affordable(table, 1), ON_INK)
+    table = evaluation.entries(examples, SMALL, steps=steps, samples=samples, side=4 if arguments.quick else 8)
+    judge(arguments, "digits", model, examples, evaluation.within_budget(table, 1), ON_INK)
 
 
 def sanity(arguments: argparse.Namespace) -> None:
     network = lite0()
-    cut = benchmark.tiles(network.model, benchmark.photographs(arguments.folder), network.preprocessing)
-    examples = benchmark.single(cut)[: 1 if arguments.quick else None]
+    cut = evaluation.tiles(network.model, evaluation.photographs(arguments.folder), network.preprocessing)
+    examples = evaluation.single(cut)[: 1 if arguments.quick else None]
     steps, samples = (2, 8) if arguments.quick else (12, 64)
-    table = benchmark.entries(examples, LITE0, steps=steps, samples=samples, side=4 if arguments.quick else 8)
-    judge(arguments, "tiles", network.model, examples, benchmark.affordable(table, 2), REDRAWN)
+    table = evaluation.entries(examples, LITE0, steps=steps, samples=samples, side=4 if arguments.quick else 8)
+    judge(arguments, "tiles", network.model, examples, evaluation.within_budget(table, 2), REDRAWN)
 
 
 def everything(arguments: argparse.Namespace) -> None:
@@ -142,14 +142,14 @@ def local(arguments: argparse.Namespace) -> None:
     device = find_device(arguments.device)
     network = load(arguments.model, arguments.weights, device)
     preprocessing = network.preprocessing
-    prepare = benchmark.fitted(preprocessing, arguments.side or min(preprocessing.size))
+    prepare = evaluation.fitted(preprocessing, arguments.side or min(preprocessing.size))
     chosen = {"difficult": arguments.difficult, "listed": arguments.listed} if arguments.data != "folder" else {}
     if arguments.data == "voc":
-        examples = benchmark.voc(arguments.paths[0], prepare, image_set=arguments.image_set, **chosen)
+        examples = evaluation.voc(arguments.paths[0], prepare, image_set=arguments.image_set, **chosen)
     elif arguments.data == "coco":
-        examples = benchmark.coco(arguments.paths[0], arguments.paths[1], prepare, **chosen)
+        examples = evaluation.coco(arguments.paths[0], arguments.paths[1], prepare, **chosen)
     else:
-        examples = benchmark.masked_folder(arguments.paths[0], arguments.paths[1], prepare)
+        examples = evaluation.masked_folder(arguments.paths[0], arguments.paths[1], prepare)
     examples = examples[: arguments.limit or (2 if arguments.quick else None)]
     options = chosen_methods(arguments.method or "gradient,grad_cam", arguments.option, arguments.layer)
     params = params_of(network.model)
@@ -182,7 +182,7 @@ def readme(arguments: argparse.Namespace) -> None:
 
 def found_in(out: Path, name: str) -> dict[str, list[Summary]]:
     if not (out / name / "results.csv").is_file():
-        raise Problem(f"{str(out / name)!r} holds no results: run `python -m pullback.benchmark all` first")
+        raise Problem(f"{str(out / name)!r} holds no results: run `python -m pullback.evaluation all` first")
     return columns_of(read_table(out / name / "results.csv"))
 
 
@@ -234,7 +234,7 @@ def measured(out: Path) -> str:
               (("mosaics", "energy"), ("digits", "energy"), ("tiles", "likeness"))]  # fmt: skip
     names = {s.method for table in found.values() for column in table.values() for s in column}
     targets = {name: " / ".join(str(count.get(name, 0)) for count in counts) for name in names}
-    table = benchmark.markdown(columns, notes={"targets": targets})
+    table = evaluation.markdown(columns, notes={"targets": targets})
     for name in public_methods():
         table = table.replace(f"\n| {name} |", f"\n| `{name}` |")
     return (
@@ -250,10 +250,12 @@ def measured(out: Path) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = cli.Parser(prog="python -m pullback.benchmark", description="Judge methods on data where the truth is known.")
+    top = cli.Parser(
+        prog="python -m pullback.evaluation", description="Judge methods on data where the truth is known."
+    )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     shared = cli.Parser(add_help=False)
-    shared.add_argument("--out", default="out/benchmark", metavar="DIR", help="folder for results (%(default)s)")
+    shared.add_argument("--out", default="out/evaluation", metavar="DIR", help="folder for results (%(default)s)")
     shared.add_argument("--quick", action="store_true", help="on very little, to see that it works")
     shared.add_argument("--method", metavar="A,B", help="only these")
     shared.add_argument("--folder", metavar="DIR", help="photographs in a folder for each class of ImageNet")
@@ -286,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
         add("--image-set", default="test", metavar="NAME", help="of VOC (%(default)s)")
     command = commands.add_parser("readme", help="write the measured table into a file")
     command.add_argument("file")
-    command.add_argument("--out", default="out/benchmark", metavar="DIR", help="where the results are (%(default)s)")
+    command.add_argument("--out", default="out/evaluation", metavar="DIR", help="where the results are (%(default)s)")
     command.set_defaults(run=readme)
     return top
 

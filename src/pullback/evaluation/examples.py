@@ -4,7 +4,7 @@
 - `digits`: a handwritten digit on a noisy canvas, with a small network trained on the spot. The ink is the exact truth.
 - `masked_folder`: photographs in a folder for each class, and their masks in a parallel folder.
 
-`pullback.benchmark.voc` and `coco` read the data sets of the pointing game. Nothing is ever downloaded.
+`pullback.evaluation.voc` and `coco` read the data sets of the pointing game. Nothing is ever downloaded.
 """
 
 from __future__ import annotations
@@ -322,13 +322,13 @@ def _canvases(images: np.ndarray, draw: np.random.Generator) -> tuple[Tensor, Te
     """Lay digits ``[batch 8 8]`` on noise: canvases ``[batch 1 side side]``, and where ink is."""
     large = images.repeat(2, 1).repeat(2, 2)
     side = large.shape[1]
-    canvas, ink = draw.uniform(0, NOISE, (len(large), CANVAS, CANVAS)), np.zeros((len(large), CANVAS, CANVAS), bool)
-    for digit, below, touched in zip(large, canvas, ink, strict=True):
+    mask_axes, ink = draw.uniform(0, NOISE, (len(large), CANVAS, CANVAS)), np.zeros((len(large), CANVAS, CANVAS), bool)
+    for digit, below, touched in zip(large, mask_axes, ink, strict=True):
         top, left = draw.integers(0, CANVAS - side + 1, 2)
         place = slice(top, top + side), slice(left, left + side)
         below[place] = digit + (1 - digit) * below[place]
         touched[place] = digit > 0
-    return torch.from_numpy(canvas).float()[:, None], torch.from_numpy(ink)
+    return torch.from_numpy(mask_axes).float()[:, None], torch.from_numpy(ink)
 
 
 def _trained(images: np.ndarray, labels: Tensor, draw: np.random.Generator, epochs: int, seed: int) -> nn.Module:

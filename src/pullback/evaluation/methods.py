@@ -106,7 +106,7 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
         "least_size": round(150 * relative**2),
         "dilation": round(5 * relative),
     }
-    features = cells(size, side)
+    feature_mask = cells(size, side)
     coarse = cells(size, max(side // 2, 3))
     window = tuple(n // 4 for n in size)
     covered = {"window": window, "stride": tuple(n // 2 for n in window)}
@@ -158,21 +158,21 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
         "deep_lift": Entry(pullback.deep_lift),
         "deep_lift_shap": Entry(pullback.deep_lift_shap, {"baselines": others}),
         "occlusion": Entry(pullback.occlusion, {**covered, **chunk}),
-        "rise": Entry(pullback.rise, {**masked, "squash": "softmax"}),
-        "sobol_attribution": Entry(pullback.sobol_attribution, {"samples": max(samples // 38, 2), "cells": 6, **chunk}),
+        "rise": Entry(pullback.rise, {**masked, "link": "softmax"}),
+        "sobol_attribution": Entry(pullback.sobol_attribution, {"samples": max(samples // 38, 2), "grid": 6, **chunk}),
         "hsic_attribution": Entry(pullback.hsic_attribution, masked),
-        "feature_ablation": Entry(pullback.feature_ablation, {"features": features, **chunk}),
+        "feature_ablation": Entry(pullback.feature_ablation, {"feature_mask": feature_mask, **chunk}),
         "feature_permutation": Entry(
             pullback.feature_permutation,
-            {"features": features, "background": others, "samples": 2, **chunk},
+            {"feature_mask": feature_mask, "background": others, "samples": 2, **chunk},
         ),
-        "shapley_values": Entry(pullback.shapley_values, {"features": cells(size, 3), **chunk}),
+        "shapley_values": Entry(pullback.shapley_values, {"feature_mask": cells(size, 3), **chunk}),
         "shapley_sampling": Entry(
             pullback.shapley_sampling,
-            {"features": coarse, "samples": max(samples // int(coarse.max() + 1), 2), **chunk},
+            {"feature_mask": coarse, "samples": max(samples // int(coarse.max() + 1), 2), **chunk},
         ),
-        "kernel_shap": Entry(pullback.kernel_shap, {"features": coarse, **masked}),
-        "lime": Entry(pullback.lime, {"features": coarse, **masked}),
+        "kernel_shap": Entry(pullback.kernel_shap, {"feature_mask": coarse, **masked}),
+        "lime": Entry(pullback.lime, {"feature_mask": coarse, **masked}),
         "extremal_perturbation": Entry(
             pullback.extremal_perturbation,
             {
@@ -187,7 +187,7 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
             pullback.meaningful_perturbation,
             {
                 "iterations": samples * 3 // 2,
-                "cells": covers,
+                "grid": covers,
                 "area": round(1e-4 * (28 / covers) ** 2, 6),  # the same weight in all as of the method's 28 x 28 cells
                 "jitter": max(round(4 * relative), 1),
             },
@@ -196,7 +196,7 @@ def entries(examples: Sequence[Example], places: Places, *, steps: int, samples:
 
 
 # how many examples a method is judged on, where not on all: of the mosaics, the digits, the single tiles
-DEAR = {
+BUDGETS = {
     **dict.fromkeys(
         "smooth_grad integrated_gradients expected_gradients blur_integrated_gradients guided_integrated_gradients "
         "idgi neuron_conductance conductance internal_influence smooth_grad_cam_plus_plus xrai deep_lift_shap "
@@ -213,10 +213,10 @@ DEAR = {
 }  # fmt: skip
 
 
-def affordable(table: Mapping[str, Entry], kind: int, most: int | None = None) -> dict[str, Entry]:
-    """Limit how many examples the dear methods are judged on, to those of `DEAR` at place `kind`, and all to `most`."""
+def within_budget(table: Mapping[str, Entry], kind: int, most: int | None = None) -> dict[str, Entry]:
+    """Limit how many examples the dear methods are judged on, to those of `BUDGETS` at place `kind`, and all to `most`."""
     found = {}
     for name, entry in table.items():
-        limits = [n for n in (DEAR[name][kind] if name in DEAR else None, most) if n is not None]
+        limits = [n for n in (BUDGETS[name][kind] if name in BUDGETS else None, most) if n is not None]
         found[name] = replace(entry, examples=min(limits)) if limits else entry
     return {name: entry for name, entry in found.items() if entry.examples != 0}

@@ -66,24 +66,24 @@ class Entry:
         return self.reduced(self.method(params, model, x, target, **self.options))
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """The options in one line, which tells results of one set of options from those of another."""
         method, options = self.method, dict(self.options)
         while isinstance(method, partial):
             method, options = method.func, {**method.keywords, **options}
         name = [] if self.reduce == "sum" else [self.reduce]
-        return ", ".join([*name, *(f"{key}={_told(options[key])}" for key in sorted(options))])
+        return ", ".join([*name, *(f"{key}={_described(options[key])}" for key in sorted(options))])
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{list(value.shape)}#{_digest([value])}" if value.numel() > 1 else f"{value.item():g}"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_told(k)}: {_told(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_described(k)}: {_described(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_told, value)) + "]"
+        return "[" + ", ".join(map(_described, value)) + "]"
     if isinstance(value, partial):
-        return Entry(value).told
+        return Entry(value).description
     return getattr(value, "__qualname__", None) or str(value)
 
 
@@ -188,7 +188,10 @@ class Journal:
             raise ValueError(
                 f"`examples` has another {example.name!r} than the run in {str(self.folder)!r}: take another folder."
             )
-        rows = [{"method": name, "options": entry.told, "example": example.name, "target": t} for t in example.targets]
+        rows = [
+            {"method": name, "options": entry.description, "example": example.name, "target": t}
+            for t in example.targets
+        ]
         return [
             metric
             for metric, options in metrics.items()
@@ -202,7 +205,7 @@ def _key(row: Row) -> tuple[str, ...]:
 
 
 def _listed(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={_told(options[key])}" for key in sorted(options))
+    return ", ".join(f"{key}={_described(options[key])}" for key in sorted(options))
 
 
 def digest_of(example: Example) -> str:
@@ -278,7 +281,7 @@ def run(
                         warnings.warn(what, PullbackWarning, stacklevel=3)
                     else:
                         journal.add(line)
-                shared = {"method": name, "options": entry.told, "example": example.name}
+                shared = {"method": name, "options": entry.description, "example": example.name}
                 wanted |= {_key({**shared, "target": t, "metric": m, "metric_options": _listed(o)})
                            for t in example.targets for m, o in metrics.items()}  # fmt: skip
                 bar(f"{name}, {example.name}")
@@ -313,7 +316,7 @@ def _unit(
         found.append({"metric": metric, "options": _listed(options), "values": values})
     share = example.masks.double().flatten(1).mean(1).tolist()
     targets = example.targets.tolist()
-    return {"method": name, "options": entry.told, "example": example.name, "digest": digest_of(example),
+    return {"method": name, "options": entry.description, "example": example.name, "digest": digest_of(example),
             "targets": targets, "groups": list(example.groups), "metrics": found,
             "chance": dict(zip(map(str, targets), share, strict=True)), "seconds": round(seconds, 4)}  # fmt: skip
 

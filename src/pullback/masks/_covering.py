@@ -1,11 +1,4 @@
-"""Masks: where to cover an input, and with what. 1 keeps, 0 covers.
-
-*Where*: windows that slide (`windows`), random grids that are shifted (`grid_masks`), smooth masks that few parameters
-draw (`smooth_masks`), superpixels (`superpixels`, `cells`). *With what*: a constant, the mean of each channel, a blur
-(`covering`), or a pyramid from the blurred or faded image to the image itself (`pyramid`, `blended`).
-
-Masks over images ``[batch channel height width]`` are ``[mask 1 height width]``; one and three spatial axes likewise.
-"""
+"""What is shown where a mask covers: a constant, a mean, a blur, a pyramid."""
 
 from __future__ import annotations
 
@@ -17,7 +10,7 @@ from torch import Tensor
 
 from pullback import maps
 
-Cover: TypeAlias = "str | float | Tensor | Callable[[Tensor], Tensor] | None"
+Fill: TypeAlias = "str | float | Tensor | Callable[[Tensor], Tensor] | None"
 
 
 # -- what covers
@@ -74,7 +67,7 @@ def blended(levels: Tensor, masks: Tensor) -> Tensor:
     return below + (height - floor).to(below.dtype) * (at(floor + 1) - below)
 
 
-def covering(x: Tensor, cover: Cover, sigma: float = 10.0) -> Tensor:
+def fill(x: Tensor, cover: Fill, sigma: float = 10.0) -> Tensor:
     """Give what lies under the masks, broadcastable to `x`.
 
     Args:
@@ -88,7 +81,7 @@ def covering(x: Tensor, cover: Cover, sigma: float = 10.0) -> Tensor:
 
     Example:
         >>> x = torch.rand(2, 3, 8, 8)
-        >>> torch.allclose(covering(x, "mean")[:, :, 0, 0], x.mean((2, 3)))
+        >>> torch.allclose(fill(x, "mean")[:, :, 0, 0], x.mean((2, 3)))
         True
     """
     if cover is None:

@@ -1,11 +1,4 @@
-"""Masks: where to cover an input, and with what. 1 keeps, 0 covers.
-
-*Where*: windows that slide (`windows`), random grids that are shifted (`grid_masks`), smooth masks that few parameters
-draw (`smooth_masks`), superpixels (`superpixels`, `cells`). *With what*: a constant, the mean of each channel, a blur
-(`covering`), or a pyramid from the blurred or faded image to the image itself (`pyramid`, `blended`).
-
-Masks over images ``[batch channel height width]`` are ``[mask 1 height width]``; one and three spatial axes likewise.
-"""
+"""Windows, groups of pixels, and random grids."""
 
 from __future__ import annotations
 
@@ -121,7 +114,7 @@ def grid_masks(grids: Tensor, shifts: Tensor, size: Sequence[int]) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _reach(step: int, sigma: float, axes: int) -> tuple[int, int, Tensor, Tensor, tuple[int, ...]]:
+def reach(step: int, sigma: float, axes: int) -> tuple[int, int, Tensor, Tensor, tuple[int, ...]]:
     """Give padding and radius in steps, the distinct weights of a parameter, and where they are.
 
     A parameter reaches ``(2 radius + 1) step`` pixels along each axis. Its weight at an offset depends on the distance
@@ -150,7 +143,7 @@ def smooth_grid(size: Sequence[int], step: int) -> tuple[int, ...]:
     return tuple(math.ceil(n / step) for n in size)
 
 
-def _whole_size(size: Sequence[int], step: int, sigma: float) -> tuple[int, ...]:
+def whole_size(size: Sequence[int], step: int, sigma: float) -> tuple[int, ...]:
     """Give the size of the mask with its margin: as far as blocks of pixels are drawn, and enough to cut `size` out."""
     margin = round(sigma)
     blocks = [n + 2 * (math.ceil(2 * sigma / step) - math.ceil(sigma / step)) for n in smooth_grid(size, step)]

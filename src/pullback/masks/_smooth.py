@@ -1,11 +1,4 @@
-"""Masks: where to cover an input, and with what. 1 keeps, 0 covers.
-
-*Where*: windows that slide (`windows`), random grids that are shifted (`grid_masks`), smooth masks that few parameters
-draw (`smooth_masks`), superpixels (`superpixels`, `cells`). *With what*: a constant, the mean of each channel, a blur
-(`covering`), or a pyramid from the blurred or faded image to the image itself (`pyramid`, `blended`).
-
-Masks over images ``[batch channel height width]`` are ``[mask 1 height width]``; one and three spatial axes likewise.
-"""
+"""Smooth masks drawn from a coarse grid of parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +13,7 @@ from torch import Tensor
 
 from pullback._core.batching import chunks
 from pullback._torch.internals import compiling
-from pullback.masks._grids import _reach, _whole_size, smooth_grid
+from pullback.masks._grids import reach, smooth_grid, whole_size
 
 
 def smooth_masks(
@@ -75,8 +68,8 @@ def smooth_masks(
         raise ValueError(
             f"`parameters` must be a grid of {list(grid)} for masks of {list(size)}, got {list(parameters.shape[2:])}."
         )
-    padding, radius, weights, which, fold = _reach(step, float(sigma), len(grid))
-    drawn = _whole_size(size, step, sigma)
+    padding, radius, weights, which, fold = reach(step, float(sigma), len(grid))
+    drawn = whole_size(size, step, sigma)
     how = (grid, drawn, step, padding, radius, weights.to(parameters), which.to(parameters.device), fold)
     # what a parameter adds to each pixel in its reach is laid out for a few masks at a time
     together = max(1, 2**23 // (len(which) * math.prod(grid)))
@@ -130,8 +123,8 @@ def plain_smooth_masks(
     that of the rounding of this form.
     """
     grid = smooth_grid(size, step)
-    padding, radius, *_ = _reach(step, float(sigma), len(grid))
-    whole = _whole_size(size, step, sigma)
+    padding, radius, *_ = reach(step, float(sigma), len(grid))
+    whole = whole_size(size, step, sigma)
     pixels = [torch.arange(n, device=parameters.device) for n in whole]
     behind = [
         max(padding, (n - 1) // step + 2 * radius + 1 - padding - cells) for n, cells in zip(whole, grid, strict=True)

@@ -1,15 +1,21 @@
 """Judge explanations: is the map where the object is, does the model agree with it, does it last?
 
-    localisation    maps against masks of objects
-    faithfulness    what the model makes of the input without, or with, what the map points to
-    information     the same over how much information is in view
-    robustness      methods on inputs that hardly differ
-    randomisation   methods on random weights, and on other classes
-    simplicity      how few values carry a map
+    localisation         maps against masks of objects
+    pixel_removal        the score as pixels are removed or inserted in the order of the map
+    masking              the score where only what the map points to is shown
+    prediction           the change in score that an attribution predicts
+    information_curves   the score against the information in view
+    robustness           methods on inputs that hardly differ
+    randomisation        methods on random weights, and on other classes
+    sparsity             how few values carry a map
 
 All give one number, or yes or no, for each example, ``[batch]``; papers report their mean. All are pure, run on the
 device of what they are given, and under `vmap` over maps and seeds. Metrics with a model are called like a method,
 ``metric(params, model, x, target, judged)``.
+
+Metrics that read a score turn the output into a probability first, by `link`, as in the papers. They depend on the
+image and the model, so that there is no chance level in closed form: judge a random map, ``torch.rand_like(map)``,
+beside yours.
 
 `METRICS` tells of each what it judges, what it needs, its direction, range and chance level: by its name a
 `Metric` ``(function, judges, model, masks, higher, range, chance)``.

@@ -7,18 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pullback import masks as drawn
-from pullback._call import Params
 from pullback._core.batching import Progress, chunks, report, wide
-from pullback._core.masked import Canvas, Scene, Squash, canvas_of
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.masked import Link, MaskAxes, MaskedModel, mask_axes_of
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._torch.random import Seed, normal
+from pullback.masks import Fill, fill
 from pullback.metrics._ranks import pixels, ranks
 
 Images = Callable[[Tensor], Tensor]
 
 
-class Way:
+class RemovalCurve:
     """An image, the map that orders its pixels, and a model that scores what becomes of it.
 
     `image` is ``[batch channel *sizes]``, `ranks` ``[batch 1 *sizes]``: 0 where the map is highest.
@@ -35,13 +34,13 @@ class Way:
         tokens: bool,
         output: Select,
         strict: bool,
-        squash: Squash,
+        link: Link,
     ) -> None:
-        self.scene = Scene(params, model, x, target, output=output, strict=strict, squash=squash)
-        self.canvas: Canvas = canvas_of(self.scene, tokens)
-        self.sizes = self.canvas.sizes
-        self.image = self.canvas.lay(self.scene.covered)
-        self.map = pixels(map, self.scene.batch, self.sizes)
+        self.masked = MaskedModel(params, model, x, target, output=output, strict=strict, link=link)
+        self.mask_axes: MaskAxes = mask_axes_of(self.masked, tokens)
+        self.sizes = self.mask_axes.sizes
+        self.image = self.mask_axes.to_channels_first(self.masked.covered)
+        self.map = pixels(map, self.masked.batch, self.sizes)
         self.count = self.map.shape[1]
 
     @property
@@ -52,10 +51,10 @@ class Way:
         """Lay ``[batch pixel]`` out as ``[batch 1 *sizes]``."""
         return flat.unflatten(1, (1, *self.sizes))
 
-    def under(self, baseline: drawn.Cover, seed: Seed) -> Tensor:
-        """Give what a pixel shows when the image does not: see `pullback.masks.covering`, or ``"noise"``."""
+    def under(self, baseline: Fill, seed: Seed) -> Tensor:
+        """Give what a pixel shows when the image does not: see `pullback.masks.fill`, or ``"noise"``."""
         if not (isinstance(baseline, str) and baseline == "noise"):
-            return drawn.covering(self.image, baseline).expand_as(self.image)
+            return fill(self.image, baseline).expand_as(self.image)
         axes = tuple(range(2, self.image.ndim))
         mean, spread = self.image.mean(axes, keepdim=True), self.image.std(axes, correction=0, keepdim=True)
         first = torch.zeros(1, dtype=torch.long, device=self.image.device)
@@ -73,9 +72,9 @@ class Way:
         for part in chunks(len(counts), chunk_size):
             until = counts[part.start : part.stop].reshape(-1, *[1] * ranks.ndim)
             shown = images(ranks < until)
-            found.append(self.scene.scores(len(part), lambda _, __: self.canvas.restore(shown)))  # noqa: B023
+            found.append(self.masked.scores(len(part), lambda _, __: self.mask_axes.undo(shown)))  # noqa: B023
             report(progress, part.stop, len(counts))
-        return torch.cat(found).to(wide(self.scene.dtype)).T
+        return torch.cat(found).to(wide(self.masked.dtype)).T
 
     def steps(self, steps: int) -> tuple[Tensor, Tensor]:
         """Cut the pixels into steps as equal as can be: how many after each, from 0 on, and their share of all."""
@@ -83,7 +82,7 @@ class Way:
             raise ValueError(f"`steps` must be at least 1, got {steps}.")
         steps = min(steps, self.count)
         counts = torch.arange(steps + 1, device=self.image.device) * self.count // steps
-        return counts, counts.to(wide(self.scene.dtype)) / self.count
+        return counts, counts.to(wide(self.masked.dtype)) / self.count
 
 
 def area(curve: Tensor, places: Tensor) -> Tensor:

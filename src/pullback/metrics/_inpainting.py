@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pullback._core.batching import wide
-from pullback._native import compiling
-from pullback._torch.internals import bare
+from pullback._torch.internals import bare, compiling
 
 
 def filled_in(images: Tensor, gone: Tensor, *, tolerance: float = 1e-4, iterations: int = 50) -> Tensor:

@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pullback import masks as drawn
-from pullback._call import Params
 from pullback._core.batching import Progress, wide
 from pullback._core.entry import public
-from pullback._core.masked import Squash
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.masked import Link
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._torch.random import Seed
-from pullback.metrics._curve import Way, area
+from pullback.masks import Fill
+from pullback.metrics._curve import RemovalCurve, area
 from pullback.metrics._ranks import voided
 
 Information = Callable[[Tensor], Tensor]
@@ -70,9 +69,9 @@ def residual_entropy(images: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def _curve(
-    way: Way,
+    way: RemovalCurve,
     shares: Sequence[float],
-    baseline: drawn.Cover,
+    baseline: Fill,
     seed: Seed,
     information: Information | None,
     chunk_size: int | None,
@@ -104,7 +103,7 @@ def _curve(
     return ((content - hidden) / (whole - hidden)).clamp(0, 1), scores
 
 
-def _judged(way: Way, content: Tensor, performance: Tensor, return_info: bool) -> Any:
+def _judged(way: RemovalCurve, content: Tensor, performance: Tensor, return_info: bool) -> Any:
     content, order = torch.sort(content, dim=1, stable=True)
     performance = performance.gather(1, order).cummax(1).values
     result = voided(area(performance, content), way.map)
@@ -120,9 +119,9 @@ def softmax_information(
     map: Tensor,
     *,
     shares: Sequence[float] = SHARES,
-    baseline: drawn.Cover = "blur",
+    baseline: Fill = "blur",
     information: Information | None = None,
-    squash: Squash = "softmax",
+    link: Link = "softmax",
     seed: Seed = 0,
     output: Select = None,
     strict: bool = False,
@@ -143,7 +142,7 @@ def softmax_information(
     information: its points are in the info. Its authors' code subtracts the score of the blurred image as well.
 
     Args:
-        params, model, x, target, squash, seed, output, strict, progress: See `pullback.metrics.deletion`.
+        params, model, x, target, link, seed, output, strict, progress: See `pullback.metrics.deletion`.
         map: ``[batch 1 height width]``. Equal values go in reading order.
         shares: Of the pixels, each above 0 and below 1; by default those of the authors' code. The blurred and the
             whole image join them.
@@ -164,7 +163,7 @@ def softmax_information(
         >>> x = torch.rand(1, 1, 8, 8)
         >>> where = torch.zeros(1, 1, 8, 8)
         >>> where[:, :, :2, :2] = 1
-        >>> how = {"baseline": None, "squash": None}
+        >>> how = {"baseline": None, "link": None}
         >>> right, wrong = (softmax_information({}, model, x, None, map, **how) for map in (where, -where))
         >>> bool(right > wrong)
         True
@@ -172,7 +171,7 @@ def softmax_information(
     Reference:
         Kapishnikov, Bolukbasi, Viégas & Terry, XRAI: Better Attributions Through Regions, 2019, sec. 4.2.
     """
-    way = Way(params, model, x, target, map, tokens=False, output=output, strict=strict, squash=squash)
+    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, strict=strict, link=link)
     content, scores = _curve(way, shares, baseline, seed, information, chunk_size, progress)
     return _judged(way, content, (scores / scores[:, -1:]).clamp(0, 1), return_info)
 
@@ -186,7 +185,7 @@ def accuracy_information(
     map: Tensor,
     *,
     shares: Sequence[float] = SHARES,
-    baseline: drawn.Cover = "blur",
+    baseline: Fill = "blur",
     information: Information | None = None,
     seed: Seed = 0,
     output: Select = None,
@@ -229,6 +228,6 @@ def accuracy_information(
     def highest(scores: Tensor) -> Tensor:
         return F.one_hot(scores.argmax(1), scores.shape[1]).to(scores.dtype)
 
-    way = Way(params, model, x, target, map, tokens=False, output=output, strict=strict, squash=highest)
+    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, strict=strict, link=highest)
     content, hits = _curve(way, shares, baseline, seed, information, chunk_size, progress)
     return _judged(way, content, hits, return_info)

@@ -1,12 +1,4 @@
-"""Does the model agree with the map? Change the input where the map says that it matters, and watch the score.
-
-The functions take the same first arguments as a method, then the map or the attribution that is judged, which is of the
-input's size. By `squash` a score is a probability, as in the papers, unless it is said otherwise. Scores depend on the
-image and the model: there is no chance level in closed form. Judge a random map, ``torch.rand_like(map)``, beside
-yours: what it gets is chance.
-
-Costs are in forwards of the batch. `chunk_size` of them are run together.
-"""
+"""Does the score fall when only what a map points to is shown? Average drop and increase."""
 
 from __future__ import annotations
 
@@ -16,14 +8,13 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback import masks as drawn
-from pullback._call import Params
 from pullback._core.batching import wide
 from pullback._core.entry import public
-from pullback._core.masked import Squash
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.masked import Link
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._torch.random import Seed
-from pullback.metrics._curve import Way
+from pullback.masks import Fill
+from pullback.metrics._curve import RemovalCurve
 from pullback.metrics._ranks import voided
 
 # -- maps as masks
@@ -35,16 +26,16 @@ def _through(
     x: Inputs,
     target: Target,
     map: Tensor,
-    baseline: drawn.Cover,
+    baseline: Fill,
     seed: Seed,
     **how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score the image, and what shows through the map, scaled to [0, 1]; and give the map."""
-    way = Way(params, model, x, target, map, **how)
+    way = RemovalCurve(params, model, x, target, map, **how)
     mask = way.laid(maps.normalise(way.map)).to(way.image.dtype)
     under = way.under(baseline, seed)
     seen = torch.stack((way.image, under + mask * (way.image - under)))
-    whole, through = way.scene.scores(2, lambda _, __: way.canvas.restore(seen)).to(wide(way.scene.dtype))
+    whole, through = way.masked.scores(2, lambda _, __: way.mask_axes.undo(seen)).to(wide(way.masked.dtype))
     return whole, through, way.map
 
 
@@ -56,8 +47,8 @@ def average_drop(
     target: Target,
     map: Tensor,
     *,
-    baseline: drawn.Cover = None,
-    squash: Squash = "softmax",
+    baseline: Fill = None,
+    link: Link = "softmax",
     seed: Seed = 0,
     tokens: bool = False,
     output: Select = None,
@@ -72,7 +63,7 @@ def average_drop(
     what a random map gets is chance. Costs 2 forwards, in one batch.
 
     Args:
-        params, model, x, target, squash, seed, tokens, output, strict: See `deletion`.
+        params, model, x, target, link, seed, tokens, output, strict: See `deletion`.
         map: ``[batch 1 height width]``.
         baseline: What is seen where the map is 0: zeros if omitted, as in the paper; others as in `deletion`.
 
@@ -85,13 +76,13 @@ def average_drop(
     Example:
         >>> model = lambda params, x: x.mean((1, 2, 3))
         >>> x, map = torch.ones(1, 1, 2, 2), torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])
-        >>> average_drop({}, model, x, None, map, squash=None)  # half the image is gone
+        >>> average_drop({}, model, x, None, map, link=None)  # half the image is gone
         tensor([0.5000])
 
     Reference:
         Chattopadhyay, Sarkar, Howlader & Balasubramanian, Grad-CAM++, 2018, sec. 4.1.
     """
-    how = {"tokens": tokens, "output": output, "strict": strict, "squash": squash}
+    how = {"tokens": tokens, "output": output, "strict": strict, "link": link}
     whole, through, map = _through(params, model, x, target, map, baseline, seed, **how)
     return voided((whole - through).clamp(min=0) / whole, map)
 
@@ -104,8 +95,8 @@ def average_increase(
     target: Target,
     map: Tensor,
     *,
-    baseline: drawn.Cover = None,
-    squash: Squash = "softmax",
+    baseline: Fill = None,
+    link: Link = "softmax",
     seed: Seed = 0,
     tokens: bool = False,
     output: Select = None,
@@ -119,7 +110,7 @@ def average_increase(
     mean over images, in per cent. What a random map gets is chance. Costs 2 forwards, in one batch.
 
     Args:
-        params, model, x, target, squash, seed, tokens, output, strict: See `deletion`.
+        params, model, x, target, link, seed, tokens, output, strict: See `deletion`.
         map, baseline: See `average_drop`.
 
     Returns:
@@ -131,12 +122,12 @@ def average_increase(
     Example:
         >>> model = lambda params, x: -x[:, 0, 0, 0]
         >>> x, map = torch.ones(1, 1, 2, 2), torch.tensor([[[[0.0, 1.0], [1.0, 1.0]]]])
-        >>> average_increase({}, model, x, None, map, squash=None)  # what spoke against it is gone
+        >>> average_increase({}, model, x, None, map, link=None)  # what spoke against it is gone
         tensor([True])
 
     Reference:
         Chattopadhyay, Sarkar, Howlader & Balasubramanian, Grad-CAM++, 2018, sec. 4.1.
     """
-    how = {"tokens": tokens, "output": output, "strict": strict, "squash": squash}
+    how = {"tokens": tokens, "output": output, "strict": strict, "link": link}
     whole, through, map = _through(params, model, x, target, map, baseline, seed, **how)
     return voided(through > whole, map)

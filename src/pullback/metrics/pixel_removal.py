@@ -1,9 +1,4 @@
-"""Does the model agree with the map? Change the input where the map says that it matters, and watch the score.
-
-The functions take the same first arguments as a method, then the map or the attribution that is judged, which is of the
-input's size. By `squash` a score is a probability, as in the papers, unless it is said otherwise. Scores depend on the
-image and the model: there is no chance level in closed form. Judge a random map, ``torch.rand_like(map)``, beside
-yours: what it gets is chance.
+"""Does the score fall as the pixels that a map ranks highest are removed?
 
 Costs are in forwards of the batch. `chunk_size` of them are run together.
 """
@@ -17,21 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback import masks as drawn
-from pullback._call import Params
 from pullback._core.batching import Progress, wide
 from pullback._core.entry import public
-from pullback._core.masked import Squash
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.masked import Link
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._torch.random import Seed, normal
-from pullback.metrics._curve import Images, Way, area
+from pullback.masks import Fill, superpixels
+from pullback.metrics._curve import Images, RemovalCurve, area
 from pullback.metrics._inpainting import filled_in
 from pullback.metrics._ranks import ranks, voided
 
 # -- pixels that come and go
 
 
-def _curve(way: Way, steps: int, images: Images, chunk_size: int | None, progress: Progress, return_info: bool) -> Any:
+def _curve(
+    way: RemovalCurve, steps: int, images: Images, chunk_size: int | None, progress: Progress, return_info: bool
+) -> Any:
     counts, shares = way.steps(steps)
     curve = way.scores(way.ranks, counts, images, chunk_size, progress)
     result = voided(area(curve, shares), way.map)
@@ -47,8 +43,8 @@ def deletion(
     map: Tensor,
     *,
     steps: int = 100,
-    baseline: drawn.Cover = None,
-    squash: Squash = "softmax",
+    baseline: Fill = None,
+    link: Link = "softmax",
     seed: Seed = 0,
     tokens: bool = False,
     output: Select = None,
@@ -70,8 +66,8 @@ def deletion(
         steps: Groups of pixels. No more than there are pixels.
         baseline: What a pixel that is taken away shows: zero if omitted, ``"mean"`` of its channel, ``"blur"``,
             ``"noise"`` with the mean and spread of its channel, a number, a tensor or a function: see
-            `pullback.masks.covering`.
-        squash: What the output goes through before it is scored: ``"softmax"``, ``"sigmoid"``, a function, or `None`.
+            `pullback.masks.fill`.
+        link: What the output goes through before it is scored: ``"softmax"``, ``"sigmoid"``, a function, or `None`.
         seed: Of the noise; an integer, or an integer tensor ``[]`` (for `vmap` over seeds).
         tokens: `x` is ``[batch token channel]``, and the map ``[batch 1 token]``.
         chunk_size: Steps evaluated together. `None` for all of them.
@@ -87,14 +83,14 @@ def deletion(
     Example:
         >>> model = lambda params, x: x.sum((1, 2, 3))
         >>> x = torch.rand(2, 1, 4, 4)
-        >>> best, worst = (deletion({}, model, x, None, sign * x, squash=None) for sign in (1, -1))
+        >>> best, worst = (deletion({}, model, x, None, sign * x, link=None) for sign in (1, -1))
         >>> bool((best <= worst).all()) and torch.allclose(best + worst, x.sum((1, 2, 3)), atol=1e-5)
         True
 
     Reference:
         Petsiuk, Das & Saenko, RISE: Randomized Input Sampling for Explanation of Black-box Models, 2018, sec. 4.2.
     """
-    way = Way(params, model, x, target, map, tokens=tokens, output=output, strict=strict, squash=squash)
+    way = RemovalCurve(params, model, x, target, map, tokens=tokens, output=output, strict=strict, link=link)
     under = way.under(baseline, seed)
     return _curve(way, steps, lambda gone: torch.where(gone, under, way.image), chunk_size, progress, return_info)
 
@@ -108,8 +104,8 @@ def insertion(
     map: Tensor,
     *,
     steps: int = 100,
-    baseline: drawn.Cover = "blur",
-    squash: Squash = "softmax",
+    baseline: Fill = "blur",
+    link: Link = "softmax",
     seed: Seed = 0,
     tokens: bool = False,
     output: Select = None,
@@ -126,7 +122,7 @@ def insertion(
     Reads nothing but the map's order. What a random map gets is chance. Costs ``steps + 1`` forwards.
 
     Args:
-        params, model, x, target, steps, squash, seed, tokens, output, strict, chunk_size, progress: See `deletion`.
+        params, model, x, target, steps, link, seed, tokens, output, strict, chunk_size, progress: See `deletion`.
         map: ``[batch 1 height width]``. Equal values go in reading order.
         baseline: What the empty image shows: the blurred image if omitted, as in the paper; others as in `deletion`.
         return_info: Give also ``{"curve": [batch step], "share": [step]}``, the scores and the shares put in.
@@ -147,7 +143,7 @@ def insertion(
     Reference:
         Petsiuk, Das & Saenko, RISE: Randomized Input Sampling for Explanation of Black-box Models, 2018, sec. 4.2.
     """
-    way = Way(params, model, x, target, map, tokens=tokens, output=output, strict=strict, squash=squash)
+    way = RemovalCurve(params, model, x, target, map, tokens=tokens, output=output, strict=strict, link=link)
     under = way.under(baseline, seed)
     return _curve(way, steps, lambda shown: torch.where(shown, way.image, under), chunk_size, progress, return_info)
 
@@ -161,8 +157,8 @@ def irof(
     map: Tensor,
     *,
     segments: Tensor | None = None,
-    baseline: drawn.Cover = "mean",
-    squash: Squash = "softmax",
+    baseline: Fill = "mean",
+    link: Link = "softmax",
     seed: Seed = 0,
     output: Select = None,
     strict: bool = False,
@@ -178,7 +174,7 @@ def irof(
     probability; higher is better. What a random map gets is chance. Costs a forward for each segment, and one.
 
     Args:
-        params, model, x, target, squash, seed, output, strict, chunk_size, progress: See `deletion`.
+        params, model, x, target, link, seed, output, strict, chunk_size, progress: See `deletion`.
         map: ``[batch 1 height width]``.
         segments: ``[batch 1 height width]`` (or 1 for batch), numbered from 0. Superpixels of `x` if omitted, see
             `pullback.masks.superpixels`, which needs scikit-image and cannot run under a transform of `x`.
@@ -197,16 +193,16 @@ def irof(
     Example:
         >>> model = lambda params, x: x.sum((1, 2, 3))
         >>> x, one_each = torch.rand(2, 1, 3, 3), torch.arange(9).reshape(1, 1, 3, 3)
-        >>> i = irof({}, model, x, None, x, segments=one_each, baseline=None, squash=None)
-        >>> d = deletion({}, model, x, None, x, squash=None)
+        >>> i = irof({}, model, x, None, x, segments=one_each, baseline=None, link=None)
+        >>> d = deletion({}, model, x, None, x, link=None)
         >>> torch.allclose(i, 1 - d / x.sum((1, 2, 3)))
         True
 
     Reference:
         Rieger & Hansen, IROF: A Low Resource Evaluation Metric for Explanation Methods, 2020, sec. 3.
     """
-    way = Way(params, model, x, target, map, tokens=False, output=output, strict=strict, squash=squash)
-    segments = drawn.superpixels(way.image) if segments is None else segments
+    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, strict=strict, link=link)
+    segments = superpixels(way.image) if segments is None else segments
     if segments.is_floating_point() or segments.shape[1:] != (1, *way.sizes) or len(segments) not in (1, len(way.map)):
         raise ValueError(
             f"`segments` must be integers {[len(way.map), 1, *way.sizes]}, got {segments.dtype} {list(segments.shape)}."
@@ -243,7 +239,7 @@ def road(
     shares: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     least_first: bool = False,
     noise: float = 0.01,
-    squash: Squash = "softmax",
+    link: Link = "softmax",
     seed: Seed = 0,
     output: Select = None,
     strict: bool = False,
@@ -262,11 +258,11 @@ def road(
     over the 8 neighbours q, direct ones with weight 1/6 and diagonal ones with 1/12, in proportion at the border, and
     adding noise. So the place of what is gone shows less than with a constant (remove and debias). In [0, 1] where
     the score is a probability; lower is better, and higher with `least_first`. The paper reports the accuracy instead:
-    ``squash=lambda y: (y == y.amax(1, keepdim=True)).float()``. What a random map gets is chance. Costs a forward for
+    ``link=lambda y: (y == y.amax(1, keepdim=True)).float()``. What a random map gets is chance. Costs a forward for
     each share, and the filling in.
 
     Args:
-        params, model, x, target, squash, seed, output, strict, progress: See `deletion`.
+        params, model, x, target, link, seed, output, strict, progress: See `deletion`.
         map: ``[batch 1 height width]``. Equal values go in reading order.
         shares: Of the pixels, each above 0 and below 1.
         least_first: Take the lowest pixels away instead.
@@ -283,7 +279,7 @@ def road(
     Example:
         >>> model = lambda params, x: x.mean((1, 2, 3))
         >>> x = torch.full((1, 3, 8, 8), 0.7)  # what is filled in looks like what was there
-        >>> r = road({}, model, x, None, torch.rand(1, 1, 8, 8), noise=0.0, squash=None)
+        >>> r = road({}, model, x, None, torch.rand(1, 1, 8, 8), noise=0.0, link=None)
         >>> torch.allclose(r, torch.tensor([0.7]), atol=1e-4)
         True
 
@@ -291,7 +287,7 @@ def road(
         Rong, Leemann, Borisov, Kasneci & Kasneci, A Consistent and Efficient Evaluation Strategy for Attribution
         Methods, 2022, sec. 4.
     """
-    way = Way(params, model, x, target, map, tokens=False, output=output, strict=strict, squash=squash)
+    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, strict=strict, link=link)
     if len(way.sizes) != 2:
         raise ValueError(f"`x` must be [batch channel height width], got {list(way.image.shape)}.")
     if not shares or not all(0 < share < 1 for share in shares):

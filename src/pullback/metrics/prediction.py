@@ -1,9 +1,4 @@
-"""Does the model agree with the map? Change the input where the map says that it matters, and watch the score.
-
-The functions take the same first arguments as a method, then the map or the attribution that is judged, which is of the
-input's size. By `squash` a score is a probability, as in the papers, unless it is said otherwise. Scores depend on the
-image and the model: there is no chance level in closed form. Judge a random map, ``torch.rand_like(map)``, beside
-yours: what it gets is chance.
+"""Does an attribution predict how the score changes? Completeness and infidelity.
 
 Costs are in forwards of the batch. `chunk_size` of them are run together.
 """
@@ -17,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback import masks as drawn
-from pullback._call import Params
 from pullback._core.batching import Progress, chunks, report, wide
 from pullback._core.entry import public
-from pullback._core.masked import Canvas, Scene, axis_sizes, canvas_of
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.masked import MaskAxes, MaskedModel, axis_sizes, mask_axes_of
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._torch.random import Seed, normal, uniform
+from pullback.masks import Fill, fill
 
 # -- attributions as predictions of the score
 
@@ -52,7 +46,7 @@ def completeness(
         attribution: ``[batch ...]``, of the input or of a layer; a tuple or dict where there are several, with `None`
             where there is none.
         baseline: What the attribution is relative to: zeros if omitted; a number, a tensor, ``"mean"``, ``"blur"`` or a
-            function, see `pullback.masks.covering`. Where `x` is a tuple or dict, so may it be.
+            function, see `pullback.masks.fill`. Where `x` is a tuple or dict, so may it be.
 
     Returns:
         ``[batch]``, in units of the score; NaN where the attribution holds NaN.
@@ -70,19 +64,19 @@ def completeness(
     Reference:
         Sundararajan, Taly & Yan, Axiomatic Attribution for Deep Networks, 2017, sec. 3.
     """
-    scene = Scene(params, model, x, target, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, output=output, strict=strict)
     parts = attribution if isinstance(attribution, tuple | list) else [attribution]
     parts = [part for part in (attribution.values() if isinstance(attribution, Mapping) else parts) if part is not None]
-    if not parts or any(part.shape[:1] != (scene.batch,) for part in parts):
+    if not parts or any(part.shape[:1] != (masked.batch,) for part in parts):
         got = [list(part.shape) for part in parts]
-        raise ValueError(f"`attribution` must be [batch ...] with a batch of {scene.batch}, got {got}.")
-    keys = scene.leaves.floating
+        raise ValueError(f"`attribution` must be [batch ...] with a batch of {masked.batch}, got {got}.")
+    keys = masked.tree.floating
 
     def cover(part: int, values: Tensor) -> Tensor:
         own = baseline[keys[part]] if isinstance(baseline, tuple | list | Mapping) else baseline
-        return torch.stack((values[0], drawn.covering(values[0], own).expand_as(values[0])))
+        return torch.stack((values[0], fill(values[0], own).expand_as(values[0])))
 
-    whole, without = scene.scores(2, cover).to(wide(scene.dtype))
+    whole, without = masked.scores(2, cover).to(wide(masked.dtype))
     total = sum(part.flatten(1).to(whole.dtype).sum(1) for part in parts)
     return (total - (whole - without)).abs()
 
@@ -99,7 +93,7 @@ def infidelity(
     perturbation: str | Callable[[Tensor, Tensor], Tensor] = "square",
     window: int | Sequence[int] | None = None,
     noise: float = 0.1,
-    baseline: drawn.Cover = None,
+    baseline: Fill = None,
     rescale: bool = False,
     seed: Seed = 0,
     output: Select = None,
@@ -122,7 +116,7 @@ def infidelity(
             noise off, a function of `x` and the sample indices gives ``[sample batch ...]``.
         window: Size of the square, one number or one a spatial axis; a quarter of each axis if omitted.
         noise: Standard deviation, in units of `x`.
-        baseline: See `pullback.masks.covering`. Zeros if omitted.
+        baseline: See `pullback.masks.fill`. Zeros if omitted.
         rescale: Multiply each attribution by the one number that serves it best, for attributions that are right up to
             their scale: :math:`\sum I^\top a \, \Delta f / \sum (I^\top a)^2`. Ours; not in the paper.
         seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
@@ -148,14 +142,14 @@ def infidelity(
     """
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples}.")
-    scene = Scene(params, model, x, target, output=output, strict=strict)
-    canvas = canvas_of(scene)
-    image = scene.covered
+    masked = MaskedModel(params, model, x, target, output=output, strict=strict)
+    mask_axes = mask_axes_of(masked)
+    image = masked.covered
     if attribution.shape != image.shape:
         raise ValueError(
             f"`attribution` must have the shape of `x`, {list(image.shape)}, got {list(attribution.shape)}."
         )
-    squares = _squares(canvas, window)
+    squares = _squares(mask_axes, window)
 
     def moved(index: Tensor) -> Tensor:
         if callable(perturbation):
@@ -163,16 +157,16 @@ def infidelity(
         if perturbation == "noise":
             return noise * normal(seed, index, image.shape[1:], image.dtype).unsqueeze(1)
         if perturbation == "square":
-            shown = canvas.lay(image)
-            away = shown - drawn.covering(shown, baseline)
-            return canvas.restore(torch.where(squares(seed, index)[:, None, None], away, 0))
+            shown = mask_axes.to_channels_first(image)
+            away = shown - fill(shown, baseline)
+            return mask_axes.undo(torch.where(squares(seed, index)[:, None, None], away, 0))
         raise ValueError(f"`perturbation` must be 'square', 'noise' or a function, got {perturbation!r}.")
 
-    whole = scene.scores(1, lambda _, values: values)
-    dtype, predicted, found = wide(scene.dtype), [], []
+    whole = masked.scores(1, lambda _, values: values)
+    dtype, predicted, found = wide(masked.dtype), [], []
     for part in chunks(samples, chunk_size):
-        change = moved(torch.arange(part.start, part.stop, device=scene.device))
-        found.append(whole - scene.scores(len(part), lambda _, values: values - change))  # noqa: B023
+        change = moved(torch.arange(part.start, part.stop, device=masked.device))
+        found.append(whole - masked.scores(len(part), lambda _, values: values - change))  # noqa: B023
         predicted.append((change * attribution).to(dtype).flatten(2).sum(2))
         report(progress, part.stop, samples)
     told, done = torch.cat(predicted), torch.cat(found).to(dtype)  # [sample batch]
@@ -182,16 +176,16 @@ def infidelity(
     return (told - done).square().mean(0)
 
 
-def _squares(canvas: Canvas, window: int | Sequence[int] | None) -> Callable[[Seed, Tensor], Tensor]:
+def _squares(mask_axes: MaskAxes, window: int | Sequence[int] | None) -> Callable[[Seed, Tensor], Tensor]:
     """Place a window at random: from seed and sample indices to ``[sample *sizes]``, True within."""
-    window = axis_sizes("window", window, canvas.sizes, lambda n: math.ceil(n / 4))
-    if any(w > n for w, n in zip(window, canvas.sizes, strict=True)):
-        raise ValueError(f"`window` must fit the spatial axes {list(canvas.sizes)}, got {list(window)}.")
+    window = axis_sizes("window", window, mask_axes.sizes, lambda n: math.ceil(n / 4))
+    if any(w > n for w, n in zip(window, mask_axes.sizes, strict=True)):
+        raise ValueError(f"`window` must fit the spatial axes {list(mask_axes.sizes)}, got {list(window)}.")
 
     def squares(seed: Seed, index: Tensor) -> Tensor:
         places = uniform(seed, index, (len(window),), torch.float32)
-        within = torch.ones(len(index), *canvas.sizes, dtype=torch.bool, device=index.device)
-        for axis, (length, width) in enumerate(zip(canvas.sizes, window, strict=True)):
+        within = torch.ones(len(index), *mask_axes.sizes, dtype=torch.bool, device=index.device)
+        for axis, (length, width) in enumerate(zip(mask_axes.sizes, window, strict=True)):
             start = (places[:, axis] * (length - width + 1)).long()
             place = torch.arange(length, device=index.device)
             along = (place >= start[:, None]) & (place < start[:, None] + width)

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pullback._call import Params
 from pullback._core.batching import Progress, chunks, report, wide
 from pullback._core.entry import public
 from pullback._core.forward import run
-from pullback._core.inputs import Leaves
+from pullback._core.inputs import InputTree
 from pullback._core.many.over_targets import over_targets
 from pullback._core.modules import named_layers, params_of
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._torch.random import Seed, uniform
 
 Method = Callable[..., Any]
@@ -281,7 +280,7 @@ def random_logit(
     answer = run(params, model, x, output=output)
     if answer.ndim < 2 or answer.shape[1] < 2:
         raise ValueError(f"`model` must put out at least 2 classes, [batch class], got {list(answer.shape)}.")
-    alike, classes, batch = _likeness(similarity), answer.shape[1], Leaves(x).batch
+    alike, classes, batch = _likeness(similarity), answer.shape[1], InputTree(x).batch
     index = torch.arange(samples, device=answer.device)
     step = 1 + (uniform(seed, index, (1,), torch.float32) * (classes - 1)).long()
     own = torch.as_tensor(target, device=answer.device).long().expand(batch)

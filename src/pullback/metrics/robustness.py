@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pullback._call import Params
 from pullback._core.batching import chunks, wide
 from pullback._core.entry import public
-from pullback._core.inputs import Leaves, each, folded, repeated, unfolded
-from pullback._core.types import Inputs, Model, Target
+from pullback._core.inputs import InputTree, each, folded, repeated, unfolded
+from pullback._core.types import Inputs, Model, Params, Target
 from pullback._torch.random import Seed, normal, uniform
 
 Method = Callable[..., Any]
@@ -49,21 +48,21 @@ def _changes(
     """
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples}.")
-    leaves = Leaves(x)
-    if not leaves.floating:
+    tree = InputTree(x)
+    if not tree.floating:
         raise TypeError("`x` holds no floating-point tensor to add noise to. Give the embedding as `x`.")
-    batch = leaves.batch
+    batch = tree.batch
     explanation = method(params, model, x, target, **options)
     changes, distances = [], []
     for part in chunks(samples, chunk_size):
         count = len(part)
-        index = torch.arange(part.start, part.stop, device=leaves.tensors[0].device)
-        noisy = [(t + noise(t, index, k).unsqueeze(1)) for k, t in enumerate(leaves.tensors)]
-        copies = leaves.rebuild([folded(t) for t in noisy], lambda v: repeated(v, count, batch))  # noqa: B023
+        index = torch.arange(part.start, part.stop, device=tree.tensors[0].device)
+        noisy = [(t + noise(t, index, k).unsqueeze(1)) for k, t in enumerate(tree.tensors)]
+        copies = tree.rebuild([folded(t) for t in noisy], lambda v: repeated(v, count, batch))  # noqa: B023
         moved = method(params, model, copies, repeated(target, count, batch), **options)
         change = each(lambda m, e: folded(unfolded(m, count) - e), moved, explanation)  # noqa: B023
         changes.append(unfolded(_norm(change), count))
-        distance = tuple(folded(n - t) for n, t in zip(noisy, leaves.tensors, strict=True))
+        distance = tuple(folded(n - t) for n, t in zip(noisy, tree.tensors, strict=True))
         distances.append(unfolded(_norm(distance), count))
     return torch.cat(changes), torch.cat(distances), _norm(explanation)
 

@@ -1,15 +1,4 @@
-"""Rules: what changes the backward pass, by operation.
-
-`rules=` of a method takes
-
-- a name: ``"guided"``, ``"deconvnet"``, ...;
-- a table ``{operation: rule}``; a key ``(layer name pattern, operation)`` holds in those layers only, and wins. Any
-  spelling of an operation names it: `torch.relu`, `torch.nn.functional.relu` and `torch.Tensor.relu_` are one;
-- an `autograd.Function` in the place of ReLU, or a rule for all rectifiers.
-
-A rule is called as ``rule(operation, *args, **kwargs)`` with the operation in its pure form, and returns what the
-operation returns, or `NotImplemented` for a use that it does not cover.
-"""
+"""Merge batch norm into the linear map before it, so that relevance is shared out once."""
 
 from __future__ import annotations
 
@@ -79,7 +68,7 @@ def merged() -> Rule:
         bias = shift if map.bias is None else shift + scale * map.bias
         weight = _scaled_weight(map, scale)
         whole = map._replace(weight=weight, bias=bias)
-        result = rule.finished(whole, value)
+        result = rule.apply_rule(whole, value)
         remember(memo, "origins", result, (rule, whole, value, version(result)))
         return result
 

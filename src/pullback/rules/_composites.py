@@ -1,15 +1,4 @@
-"""Rules: what changes the backward pass, by operation.
-
-`rules=` of a method takes
-
-- a name: ``"guided"``, ``"deconvnet"``, ...;
-- a table ``{operation: rule}``; a key ``(layer name pattern, operation)`` holds in those layers only, and wins. Any
-  spelling of an operation names it: `torch.relu`, `torch.nn.functional.relu` and `torch.Tensor.relu_` are one;
-- an `autograd.Function` in the place of ReLU, or a rule for all rectifiers.
-
-A rule is called as ``rule(operation, *args, **kwargs)`` with the operation in its pure form, and returns what the
-operation returns, or `NotImplemented` for a use that it does not cover.
-"""
+"""Tables of rules: which rule belongs to which operation."""
 
 from __future__ import annotations
 
@@ -27,7 +16,7 @@ from pullback._ops.reading import (
     SUMMED_PRODUCTS,
     TRANSPOSED,
 )
-from pullback._ops.spellings import ACTIVATIONS, FUNCTIONS, operation_of
+from pullback._ops.spellings import ACTIVATIONS, FUNCTIONS, canonical
 from pullback.rules._batch_norm import merged
 from pullback.rules._elementwise import (
     constant,
@@ -45,16 +34,16 @@ from pullback.rules._lrp import alpha_beta, epsilon, excitation, first, flat, ga
 # -- relevance: tables
 
 _ELEMENTWISE = tuple(
-    operation_of(getattr(torch if hasattr(torch, name) else F, name))
+    canonical(getattr(torch if hasattr(torch, name) else F, name))
     for name in [*ACTIVATIONS, *FUNCTIONS, *"clamp clamp_min clamp_max normalize".split()]
     if name not in ("glu", "rsqrt", "reciprocal")
 )
 _NORMS = tuple(
-    operation_of(getattr(F, name))
+    canonical(getattr(F, name))
     for name in "layer_norm group_norm instance_norm rms_norm".split()
     if hasattr(F, name)  # the last is newer than the oldest torch
 )
-_POOLING = tuple(operation_of(getattr(F, f"{kind}avg_pool{n}d")) for kind in ("", "adaptive_") for n in (1, 2, 3))
+_POOLING = tuple(canonical(getattr(F, f"{kind}avg_pool{n}d")) for kind in ("", "adaptive_") for n in (1, 2, 3))
 _OTHERS = (
     *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.softmax, torch.log_softmax, F.softmin, torch.pow),
     *(torch.prod, torch.cumprod, torch.tensordot, torch.addmv, torch.addbmm, torch.addcmul, torch.addcdiv, torch.lerp),
@@ -71,14 +60,14 @@ _OTHERS = (
 )
 _SCALES = (torch.rsqrt, torch.reciprocal, torch.var, torch.std)
 # what is not piecewise linear, or has parameters: told where a table of relevance rules does not cover it
-_TOLD = frozenset(
+MUST_COVER = frozenset(
     map(
-        operation_of,
+        canonical,
         (*_ELEMENTWISE, *_NORMS, *_OTHERS, *_SCALES, *PRODUCTS, *SUMMED_PRODUCTS, *BILINEAR, *LINEAR, torch.div),
     )
 )
 
-_TOLD -= {operation_of(torch.relu), operation_of(torch.abs)}
+MUST_COVER -= {canonical(torch.relu), canonical(torch.abs)}
 
 
 def composed(linear: Rule, convolution: Rule | None = None, *, zeros: bool = False) -> dict[Any, Rule]:
@@ -104,7 +93,7 @@ def composed(linear: Rule, convolution: Rule | None = None, *, zeros: bool = Fal
     table |= {torch.softmax: derivative()}
     if not zeros:
         for rectifier in (torch.relu, torch.abs):
-            del table[operation_of(rectifier)]
+            del table[canonical(rectifier)]
     return table
 
 

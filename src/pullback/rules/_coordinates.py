@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pullback._torch.internals import current_level, functorch
 
-TINY = 1e-12
+ZERO_STAND_IN = 1e-12
 
 
 def _level() -> int:
@@ -34,7 +34,7 @@ def _level() -> int:
 _level._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # known while tracing
 
 
-def still(x: Tensor) -> Tensor:
+def stop_gradient(x: Tensor) -> Tensor:
     """Give `x` as a constant to the pullback that is under way, and to nobody else."""
     level = _level()
     return functorch._unwrap_for_grad(x, level) if level else x.detach()
@@ -42,7 +42,7 @@ def still(x: Tensor) -> Tensor:
 
 def nonzero(x: Tensor) -> Tensor:
     """Count zeros as a tiny number, so that relevance on them has coordinates."""
-    return torch.where(x == 0, max(TINY, torch.finfo(x.dtype).tiny), x)
+    return torch.where(x == 0, max(ZERO_STAND_IN, torch.finfo(x.dtype).tiny), x)
 
 
 def stabilised(z: Tensor, epsilon: float, sign: int = 0) -> Tensor:
@@ -52,5 +52,5 @@ def stabilised(z: Tensor, epsilon: float, sign: int = 0) -> Tensor:
 
 def scaled(y: Tensor, factor: Tensor | float) -> Tensor:
     """Give `y`, whose cotangent is multiplied by a factor on the way back."""
-    value = still(y)
+    value = stop_gradient(y)
     return value + factor * (y - value)

@@ -1,15 +1,4 @@
-"""Rules: what changes the backward pass, by operation.
-
-`rules=` of a method takes
-
-- a name: ``"guided"``, ``"deconvnet"``, ...;
-- a table ``{operation: rule}``; a key ``(layer name pattern, operation)`` holds in those layers only, and wins. Any
-  spelling of an operation names it: `torch.relu`, `torch.nn.functional.relu` and `torch.Tensor.relu_` are one;
-- an `autograd.Function` in the place of ReLU, or a rule for all rectifiers.
-
-A rule is called as ``rule(operation, *args, **kwargs)`` with the operation in its pure form, and returns what the
-operation returns, or `NotImplemented` for a use that it does not cover.
-"""
+"""Rules for operations on single numbers, for products and quotients, and for norms."""
 
 from __future__ import annotations
 
@@ -28,9 +17,9 @@ from pullback._ops.dispatch import Rule
 from pullback._ops.reading import (
     arguments,
 )
-from pullback._ops.replacements import FORMS
+from pullback._ops.replacements import REPLACEMENTS
 from pullback._ops.spellings import Operation
-from pullback.rules._coordinates import nonzero, scaled, still
+from pullback.rules._coordinates import nonzero, scaled, stop_gradient
 
 # -- relevance: elementwise
 
@@ -49,16 +38,16 @@ def propagated(slope: Callable[..., Tensor]) -> Rule:
     """
 
     def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = still(input)
-        y = _value(operation, x, *args, **kwargs)
+        x = stop_gradient(input)
+        y = run_replaced(operation, x, *args, **kwargs)
         return y + slope(y, x) * (input - x)
 
     return rule
 
 
-def _value(operation: Operation, *args: Any, **kwargs: Any) -> Any:
+def run_replaced(operation: Operation, *args: Any, **kwargs: Any) -> Any:
     """Run an operation, in the form that can be differentiated by all that it takes."""
-    form = FORMS.get(operation)
+    form = REPLACEMENTS.get(operation)
     return operation(*args, **kwargs) if form is None else form(None, operation, *args, **kwargs)
 
 
@@ -77,8 +66,8 @@ def detached_statistics() -> Rule:
     """
 
     def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = still(input)
-        y, step = _value(operation, x, *args, **kwargs), input - x
+        x = stop_gradient(input)
+        y, step = run_replaced(operation, x, *args, **kwargs), input - x
         name = operation.__name__
         if name == "batch_norm":  # with the statistics of the batch: no example is on its own
             return NotImplemented
@@ -127,7 +116,7 @@ def constant() -> Rule:
     """
 
     def rule(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Tensor:
-        return mark_constant(still(operation(*args, **kwargs)), memo)
+        return mark_constant(stop_gradient(operation(*args, **kwargs)), memo)
 
     return Remembering(rule)
 
@@ -136,7 +125,7 @@ def quotient() -> Rule:
     """Give the rule that takes a divisor for a constant."""
 
     def rule(operation: Operation, input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
-        return operation(input, still(other) if isinstance(other, Tensor) else other, *args, **kwargs)
+        return operation(input, stop_gradient(other) if isinstance(other, Tensor) else other, *args, **kwargs)
 
     return rule
 

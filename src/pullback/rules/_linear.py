@@ -1,21 +1,4 @@
-r"""Relevance rules: what layer-wise relevance propagation does at an operation.
-
-**Coordinates.** The relevance of a tensor `h` is carried as a cotangent `c` with :math:`R = h \odot c`. Then every
-linear operation without parameters (reshape, concatenation, sum, mean, `+`, pooling, padding, interpolation, indexing,
-multiplication by a constant) needs no rule: its ordinary derivative shares relevance out in proportion,
-:math:`R_i = \frac{h_i w_i}{\sum_j h_j w_j} R`. Skips and reused tensors come out right because cotangents add up.
-Relevance can also be put on an activation that is 0 (the z-box, flat and w-square rules do): zeros count as
-:math:`10^{-12}` in these coordinates.
-
-**A rule adds a zero.** With :math:`\hat h` the input as the pullback that is under way does not see it (a constant to
-it, but differentiable to whoever differentiates the explanation),
-
-.. math:: y = f(\hat h) + M(\hat h) \, (h - \hat h)
-
-has the value of `f` and pulls cotangents back by the transpose of any linear map `M` that one likes. What `M` needs of
-the forward, such as denominators, does not depend on the cotangent: it is computed once for all targets that are pulled
-back together. `propagated` makes such a rule.
-"""
+"""Rules for linear maps with parameters: how the relevance of each output is shared out over the inputs."""
 
 from __future__ import annotations
 
@@ -27,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from pullback._ops.constants import Remembering, is_constant, remember, tensors_in, version, watch_constants
+from pullback._ops.constants import Remembering, is_constant, remember, tensors_in, version
 from pullback._ops.reading import LINEAR, PRODUCTS, SUMMED_PRODUCTS, LinearMap, by_place, linear_map, summed_product
 from pullback._ops.spellings import Operation
 from pullback._torch.internals import compiling
-from pullback.rules._coordinates import nonzero, scaled, stabilised, still
+from pullback.rules._coordinates import nonzero, scaled, stabilised, stop_gradient
 
 
 def product() -> Callable[..., Any]:
@@ -81,7 +64,6 @@ class LinearRule:
     plain: bool = False
 
     wants_memo = True
-    watch = staticmethod(watch_constants)
 
     def __call__(self, operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
         args, kwargs = by_place(operation, args, kwargs)
@@ -97,8 +79,8 @@ class LinearRule:
             factor = 1.0 if is_constant(map.input, memo) else 0.5
             return map.biased(scaled(map.apply(map.input, map.weight), factor), map.bias)
         rule = self.met(memo)
-        value = map.biased(map.apply(map.input if rule.is_epsilon else still(map.input), map.weight), map.bias)
-        result = rule.finished(map, value)
+        value = map.biased(map.apply(map.input if rule.is_epsilon else stop_gradient(map.input), map.weight), map.bias)
+        result = rule.apply_rule(map, value)
         remember(memo, "origins", result, (rule, map, value, version(result)))
         return result
 
@@ -112,21 +94,21 @@ class LinearRule:
         """The ordinary derivative is the way back, but for a factor."""
         return self.shares is None
 
-    def finished(self, map: LinearMap, value: Tensor) -> Tensor:
+    def apply_rule(self, map: LinearMap, value: Tensor) -> Tensor:
         """Give `value` with the way back of this rule; for the epsilon rule it has that of the map already."""
-        y = still(value)
+        y = stop_gradient(value)
         if self.is_epsilon:
-            return y + self._ahead(y) / self._denominator(self._total(map, y)) * (value - y)
-        x, x_ = map.input, still(map.input)
+            return y + self._numerator(y) / self._denominator(self._total(map, y)) * (value - y)
+        x, x_ = map.input, stop_gradient(map.input)
         if not compiling():
             return _Propagated.apply(x, x_, map.weight, map.bias, y, value, _Plan(self, map))  # pyright: ignore[reportReturnType]
         for scale, p, weight in self.terms(map._replace(input=x_), y):
-            value = value + scale * map.apply((x - x_) * self._moved(p, x_), weight)
+            value = value + scale * map.apply((x - x_) * self._input_factor(p, x_), weight)
         return value
 
     def terms(self, map: LinearMap, y: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """Give (s, p, W) of each part: relevance in proportion to ``p * W^T (s * cotangent)``, p None for the input."""
-        x, ahead = map.input, self._ahead(y)
+        x, ahead = map.input, self._numerator(y)
         if self.shares is None:
             yield ahead / self._denominator(self._total(map, y)), None, map.weight
             return
@@ -146,15 +128,15 @@ class LinearRule:
             if p is None:
                 own = back if own is None else own + back
             else:
-                back = back * self._moved(p, map.input)
+                back = back * self._input_factor(p, map.input)
                 others = back if others is None else others + back
         if own is None:
             assert others is not None
             return others
-        own = own * self._moved(None, map.input)
+        own = own * self._input_factor(None, map.input)
         return own if others is None else own + others
 
-    def _moved(self, p: Tensor | None, x: Tensor) -> Tensor:
+    def _input_factor(self, p: Tensor | None, x: Tensor) -> Tensor:
         """Give the factor of a cotangent that makes relevance proportional to `p`, also where an input is 0."""
         if self.plain:
             return x if p is None else p
@@ -163,7 +145,7 @@ class LinearRule:
     def _total(self, map: LinearMap, y: Tensor) -> Tensor:
         return y if self.bias or map.bias is None else map.biased(y, -map.bias)
 
-    def _ahead(self, y: Tensor) -> Tensor:
+    def _numerator(self, y: Tensor) -> Tensor:
         return torch.ones_like(y) if self.plain else nonzero(y)
 
     def _denominator(self, z: Tensor, sign: int = 0) -> Tensor:
@@ -218,14 +200,14 @@ class _Propagated(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        x: Tensor, still: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, value: Tensor, plan: _Plan
+        x: Tensor, stop_gradient: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, value: Tensor, plan: _Plan
     ) -> Tensor:
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, still, weight, bias, y, _, ctx.plan = inputs
-        ctx.save_for_backward(still, weight, bias, y)
+        _, stop_gradient, weight, bias, y, _, ctx.plan = inputs
+        ctx.save_for_backward(stop_gradient, weight, bias, y)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,15 +1,4 @@
-"""Rules: what changes the backward pass, by operation.
-
-`rules=` of a method takes
-
-- a name: ``"guided"``, ``"deconvnet"``, ...;
-- a table ``{operation: rule}``; a key ``(layer name pattern, operation)`` holds in those layers only, and wins. Any
-  spelling of an operation names it: `torch.relu`, `torch.nn.functional.relu` and `torch.Tensor.relu_` are one;
-- an `autograd.Function` in the place of ReLU, or a rule for all rectifiers.
-
-A rule is called as ``rule(operation, *args, **kwargs)`` with the operation in its pure form, and returns what the
-operation returns, or `NotImplemented` for a use that it does not cover.
-"""
+"""The rules of layer-wise relevance propagation and excitation backprop for linear maps."""
 
 from __future__ import annotations
 
@@ -25,7 +14,7 @@ from pullback._ops.constants import (
 from pullback._ops.dispatch import Rule
 from pullback._ops.spellings import Operation
 from pullback._torch.internals import readable
-from pullback.rules._coordinates import nonzero, scaled, stabilised, still
+from pullback.rules._coordinates import nonzero, scaled, stabilised, stop_gradient
 from pullback.rules._linear import Late, LinearRule, Share, maps_met
 
 # -- relevance: linear maps with parameters
@@ -212,8 +201,8 @@ def norm(epsilon: float = 1e-6, plain: bool = False) -> Rule:
     def rule(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not plain:
             y = operation(input, *args, **kwargs)
-            return scaled(y, nonzero(still(y)) / stabilised(still(y), epsilon))
-        x = still(input)
+            return scaled(y, nonzero(stop_gradient(y)) / stabilised(stop_gradient(y), epsilon))
+        x = stop_gradient(input)
         y = operation(x, *args, **kwargs)
         return y + operation(x * (input - x), *args, **kwargs) / (y + epsilon)
 

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pullback._ops.dispatch import KEPT, Rule
-from pullback._ops.spellings import Operation, operation_of
+from pullback._ops.dispatch import SAVED_TENSORS, Rule
+from pullback._ops.spellings import Operation, canonical
 from pullback._torch.internals import compiling, current_level
 from pullback._torch.levels import level
 
 RECTIFIERS = tuple(
-    operation_of(op) for op in (torch.relu, F.relu6, F.hardtanh, torch.clamp, torch.clamp_min, torch.threshold)
+    canonical(op) for op in (torch.relu, F.relu6, F.hardtanh, torch.clamp, torch.clamp_min, torch.threshold)
 )
 _RELU, _RELU6, _HARDTANH, _CLAMP, _CLAMP_MIN, _THRESHOLD = RECTIFIERS
 
@@ -137,7 +137,7 @@ def variant(name: str) -> Rule:
         high = ceiling(operation, input, *args, **kwargs)
         if high is None:
             return NotImplemented
-        kept = None if memo is None or name == "guided_torchray" else memo.get(KEPT)
+        kept = None if memo is None or name == "guided_torchray" else memo.get(SAVED_TENSORS)
         if compiling():
             y = _TracedRectifier.apply(input, high, name, None)[0]  # pyright: ignore[reportOptionalSubscript]
         elif kept is None or current_level() is not None or forward_ad._current_level >= 0:

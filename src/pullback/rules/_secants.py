@@ -23,24 +23,24 @@ from torch.func import vjp
 from pullback._ops.constants import Remembering, constants_only, is_constant, watch_constants
 from pullback._ops.dispatch import Rule, Table
 from pullback._ops.reading import BILINEAR, LINEAR, PRODUCTS, SUMMED_PRODUCTS, arguments, by_place, summed_product
-from pullback._ops.replacements import FORMS
-from pullback._ops.spellings import ACTIVATIONS, FUNCTIONS, Operation, operation_of
-from pullback.rules._coordinates import still
+from pullback._ops.replacements import REPLACEMENTS
+from pullback._ops.spellings import ACTIVATIONS, FUNCTIONS, Operation, canonical
+from pullback.rules._coordinates import stop_gradient
 
 Tape = list[tuple[Operation, tuple[Any, ...], dict[str, Any]]]
 Paired = Callable[..., Any]
-CLOSE = 1e-10  # of two inputs, whose secant is the derivative between them
+CLOSE_INPUTS = 1e-10  # of two inputs, whose secant is the derivative between them
 _KINKED = frozenset(
-    operation_of(getattr(F, name))
+    canonical(getattr(F, name))
     for name in "relu relu6 hardtanh threshold leaky_relu prelu rrelu elu selu celu softshrink hardshrink hardsigmoid "
     "hardswish".split()
-) | {operation_of(op) for op in (torch.abs, torch.clamp, torch.clamp_min, torch.clamp_max)}
+) | {canonical(op) for op in (torch.abs, torch.clamp, torch.clamp_min, torch.clamp_max)}
 _BENT_AT_0 = frozenset(
-    operation_of(getattr(torch, name)) for name in "sqrt rsqrt reciprocal pow log log2 log10 lgamma digamma".split()
+    canonical(getattr(torch, name)) for name in "sqrt rsqrt reciprocal pow log log2 log10 lgamma digamma".split()
 )
 
 ELEMENTWISE = tuple(
-    operation_of(getattr(torch if hasattr(torch, name) else F, name))
+    canonical(getattr(torch if hasattr(torch, name) else F, name))
     for name in [*ACTIVATIONS, *FUNCTIONS, *"clamp clamp_min clamp_max".split()]
     if name != "glu"
 )
@@ -53,7 +53,7 @@ def secant(function: Callable[..., Tensor], x: Tensor, b: Tensor, *args: Any, **
     differs from the secant by the square of their distance, for a function that bends without bound at 0 by that of
     their ratio.
     """
-    at = still(x)
+    at = stop_gradient(x)
     y, way = function(at, *args, **kwargs), at - b
     close = way.abs() <= _near(function, at, b)
     _, back = vjp(lambda v: function(v, *args, **kwargs), (at + b) / 2)  # pyright: ignore[reportAssignmentType]
@@ -66,14 +66,14 @@ def secant(function: Callable[..., Tensor], x: Tensor, b: Tensor, *args: Any, **
 def _near(function: Callable[..., Tensor], x: Tensor, b: Tensor) -> Tensor | float:
     """Say how far apart inputs are close."""
     if function in _KINKED:
-        return CLOSE
+        return CLOSE_INPUTS
     near = torch.finfo(x.dtype).eps ** (1 / 3)
     return near * torch.minimum(x.abs(), b.abs()) if function in _BENT_AT_0 else near
 
 
 def product(multiply: Callable[[Any, Any], Tensor], x: Tensor, y: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Give a product of `x` and `y`, each with the mean of the other, at the input and the baseline, for a factor."""
-    x_, y_ = still(x), still(y)
+    x_, y_ = stop_gradient(x), stop_gradient(y)
     return multiply(x_, y_) + multiply(x - x_, (y_ + c) / 2) + multiply((x_ + b) / 2, y - y_)
 
 
@@ -137,7 +137,7 @@ def _log_total(x: Tensor, b: Tensor) -> Tensor:
     Both sums are scaled by the largest term of either, and their logarithms taken apart from that, so that a sum that
     vanishes beside the other does no harm.
     """
-    at = still(x)
+    at = stop_gradient(x)
     most = torch.maximum(at, b).amax(-1, keepdim=True)
     up, down = (at - most).exp(), (b - most).exp()
     total, total_ = up.sum(-1, keepdim=True), down.sum(-1, keepdim=True)
@@ -201,7 +201,7 @@ def _group_norm(
     return _weighted(y, _by_channel(weight, x), _by_channel(bias, x))
 
 
-def _instance_norm(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Tensor:
+def instance_norm(operation: Operation, x: Tensor, *args: Any, pair: tuple[Any, ...], **kwargs: Any) -> Tensor:
     mean, var, weight, bias, own, _, eps = arguments(
         args, kwargs, ("running_mean", None), ("running_var", None), ("weight", None), ("bias", None),
         ("use_input_stats", True), ("momentum", 0.1), ("eps", 1e-5),
@@ -225,12 +225,12 @@ def _larger(operation: Operation, x: Tensor, y: Tensor, *, pair: tuple[Any, ...]
 
 def _largest(x: Tensor, b: Tensor, largest: Callable[[Tensor], tuple[Tensor, Tensor]], axes: int) -> Tensor:
     """Give the largest values, whose difference is shared between the places where they are, at `x` and at `b`."""
-    at = still(x)
+    at = stop_gradient(x)
     (y, here), (y_, there) = largest(at), largest(b)
     larger = torch.maximum(y, y_)
     for places, gained in ((here, larger - y_), (there, y - larger)):
         way = _read(at - b, places, axes)
-        flat = way.abs() < CLOSE
+        flat = way.abs() < CLOSE_INPUTS
         share = torch.where(flat, torch.zeros_like(way), gained / torch.where(flat, torch.ones_like(way), way))
         y = y + share * _read(x - at, places, axes)
     return y
@@ -249,7 +249,7 @@ def _max_pool_and_places(
 ) -> tuple[Tensor, Tensor]:
     spatial = next(int(c) for c in operation.__name__ if c.isdigit())
     y = _largest(x, pair[0], lambda v: operation(v, *args, **kwargs), spatial)
-    return y, operation(still(x), *args, **kwargs)[1]
+    return y, operation(stop_gradient(x), *args, **kwargs)[1]
 
 
 def _rules() -> dict[Operation, Paired]:
@@ -258,7 +258,7 @@ def _rules() -> dict[Operation, Paired]:
     rules |= dict.fromkeys(SUMMED_PRODUCTS, _summed)
     rules |= dict.fromkeys(LINEAR, _linear)
     rules |= {torch.pow: _power, torch.div: _quotient, torch.softmax: _softmax, torch.log_softmax: _softmax}
-    rules |= {torch.layer_norm: _layer_norm, torch.group_norm: _group_norm, F.instance_norm: _instance_norm}
+    rules |= {torch.layer_norm: _layer_norm, torch.group_norm: _group_norm, F.instance_norm: instance_norm}
     rules |= {F.glu: _gated, torch.maximum: _larger, torch.minimum: _larger}
     if hasattr(torch, "rms_norm"):  # newer than the oldest torch
         rules[torch.rms_norm] = _layer_norm
@@ -266,11 +266,11 @@ def _rules() -> dict[Operation, Paired]:
         rules |= {getattr(F, f"{kind}max_pool{n}d"): _max_pool for n in (1, 2, 3)}
         rules |= {getattr(F, f"{kind}max_pool{n}d_with_indices"): _max_pool_and_places for n in (1, 2, 3)}
     rules[torch.adaptive_max_pool1d] = _max_pool_and_places
-    return {operation_of(operation): rule for operation, rule in rules.items()}
+    return {canonical(operation): rule for operation, rule in rules.items()}
 
 
 RULES = _rules()
-_TOLD = (
+MUST_COVER = (
     *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.prod, torch.var, torch.std, torch.max, torch.min),
     *(torch.amax, torch.amin, F.bilinear, F.normalize, F.local_response_norm, F.lp_pool1d, F.lp_pool2d, F.softmin),
     *(torch.cumprod, torch.tensordot, torch.addmv, torch.addbmm, torch.addcmul, torch.addcdiv, torch.lerp, torch.norm),
@@ -295,7 +295,7 @@ def recording(tape: Tape) -> Table:
             tape.append((operation, _kept(args), kwargs))
         return _as_it_is(operation, *args, **kwargs)
 
-    return replace(Table.of(dict.fromkeys(RULES, Remembering(rule))), watch=watch_constants)
+    return replace(Table.of(dict.fromkeys(RULES, Remembering(rule))), on_operation=watch_constants)
 
 
 def paired(tape: Tape) -> Table:
@@ -320,9 +320,9 @@ def paired(tape: Tape) -> Table:
     def untouched(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
         return _as_it_is(operation, *args, **kwargs) if constants_only(args, kwargs, memo) else NotImplemented
 
-    rules: dict[Operation, Rule] = dict.fromkeys(map(operation_of, _TOLD), Remembering(untouched))
+    rules: dict[Operation, Rule] = dict.fromkeys(map(canonical, MUST_COVER), Remembering(untouched))
     rules |= {op: make(take) for op, take in RULES.items()}
-    return replace(Table.of(rules, tell=_TOLD, name="DeepLIFT's rules"), watch=watch_constants)
+    return replace(Table.of(rules, must_cover=MUST_COVER, name="DeepLIFT's rules"), on_operation=watch_constants)
 
 
 def _is_linear(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], memo: dict[str, Any]) -> bool:
@@ -333,7 +333,7 @@ def _is_linear(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _as_it_is(operation: Operation, *args: Any, **kwargs: Any) -> Any:
-    form = FORMS.get(operation)
+    form = REPLACEMENTS.get(operation)
     return operation(*args, **kwargs) if form is None else form(None, operation, *args, **kwargs)
 
 

@@ -1,15 +1,4 @@
-"""Rules: what changes the backward pass, by operation.
-
-`rules=` of a method takes
-
-- a name: ``"guided"``, ``"deconvnet"``, ...;
-- a table ``{operation: rule}``; a key ``(layer name pattern, operation)`` holds in those layers only, and wins. Any
-  spelling of an operation names it: `torch.relu`, `torch.nn.functional.relu` and `torch.Tensor.relu_` are one;
-- an `autograd.Function` in the place of ReLU, or a rule for all rectifiers.
-
-A rule is called as ``rule(operation, *args, **kwargs)`` with the operation in its pure form, and returns what the
-operation returns, or `NotImplemented` for a use that it does not cover.
-"""
+"""Turn what `rules=` takes into a table, and the tables by name."""
 
 from __future__ import annotations
 
@@ -30,7 +19,7 @@ from pullback._ops.dispatch import Rule, Table
 from pullback._ops.spellings import Operation, activations
 from pullback._torch.levels import own_elsewhere
 from pullback.rules._composites import (
-    _TOLD,
+    MUST_COVER,
     attn_lrp,
     cp_lrp,
     epsilon_alpha2_beta1,
@@ -40,7 +29,7 @@ from pullback.rules._composites import (
     excitation_table,
     excitation_torchray,
 )
-from pullback.rules._elementwise import _value
+from pullback.rules._elementwise import run_replaced
 from pullback.rules._linear import LinearRule
 from pullback.rules._rectifiers import RECTIFIERS, VARIANTS, ceiling, variant
 
@@ -49,7 +38,7 @@ Rules: TypeAlias = "str | Table | Mapping[Any, Rule] | type[torch.autograd.Funct
 
 def rectifier_rules(rule: Rule, name: str) -> Table:
     """Give the table that runs all rectifiers by one rule, and tells of other activations."""
-    return Table.of(dict.fromkeys(RECTIFIERS, rule), tell=activations(), name=name)
+    return Table.of(dict.fromkeys(RECTIFIERS, rule), must_cover=activations(), name=name)
 
 
 def from_function(function: type[torch.autograd.Function]) -> Rule:
@@ -111,10 +100,10 @@ def _table(mapping: Mapping[Any, Rule], name: str) -> Table:
     """Make a table of a mapping; one that shares out relevance watches what is constant, and tells what bends."""
     if not any(isinstance(rule, LinearRule | Remembering) for rule in mapping.values()):
         return Table.of(mapping, name=name)
-    told = _TOLD - set(RECTIFIERS)
+    told = MUST_COVER - set(RECTIFIERS)
     untouched = dict.fromkeys(told, lambda *args, **kwargs: NotImplemented)
     chosen = {key: _of_the_input(rule) for key, rule in {**untouched, **mapping}.items()}
-    return replace(Table.of(chosen, name=name), watch=watch_constants, tell=told)
+    return replace(Table.of(chosen, name=name), on_operation=watch_constants, must_cover=told)
 
 
 def _of_the_input(rule: Rule) -> Rule:
@@ -125,7 +114,7 @@ def _of_the_input(rule: Rule) -> Rule:
 
     def chosen(operation: Operation, *args: Any, memo: dict[str, Any], **kwargs: Any) -> Any:
         if constants_only(args, kwargs, memo):
-            return _value(operation, *args, **kwargs)
+            return run_replaced(operation, *args, **kwargs)
         return rule(operation, *args, memo=memo, **kwargs) if wants_memo else rule(operation, *args, **kwargs)
 
     return Remembering(chosen)

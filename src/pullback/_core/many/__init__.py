@@ -1,0 +1,1 @@
+"""Many targets of one input: one forward, and pulls in chunks."""

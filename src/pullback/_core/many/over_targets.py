@@ -1,4 +1,4 @@
-"""Many targets of one input: one forward, and pulls in chunks."""
+"""The public entry: explain many targets at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pullback._core.many.state import _local, _Many
+from pullback._core.many.state import TargetRun, local
 from pullback._torch.internals import compiling, current_level
 
 
@@ -49,20 +49,20 @@ def over_targets(
     @wraps(method)
     def many(params: Any, model: Any, x: Any, targets: Any, **options: Any) -> Any:
         targets = _stacked(targets)
-        before = getattr(_local, "many", None)
-        running = _Many(targets, chunk_size)
+        before = getattr(local, "many", None)
+        running = TargetRun(targets, chunk_size)
 
         def one(target: Tensor) -> Any:
             running.level = current_level() or 0
             return method(params, model, x, target, **options)
 
         if not compiling():
-            _local.many = running
+            local.many = running
         try:
             return torch.vmap(one, randomness="same")(targets)
         finally:
             if not compiling():
-                _local.many = before
+                local.many = before
 
     return many
 

@@ -1,4 +1,4 @@
-"""Many targets of one input: one forward, and pulls in chunks."""
+"""Pull the cotangents of many targets back through one forward, in chunks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pullback._core.batching import budget_on
 from pullback._core.inputs import each
-from pullback._core.many.shortcuts import _combines, _rows
-from pullback._core.many.state import COTANGENTS, _Many, _running, clean
+from pullback._core.many.shortcuts import combines, one_hot_rows
+from pullback._core.many.state import clean, current_run, targets_per_chunk
 from pullback._core.types import Back, Pull, Reduce, Tensors
 from pullback._torch.internals import (
     current_level,
@@ -38,46 +37,48 @@ def shared_pull(back: Back, outputs: Tensors, primals: Sequence[Tensor] = ()) ->
     def pull(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
         return _finished(back_from(0, cotangent), cotangent, reduce)
 
-    running = _running()
+    running = current_run()
     if running is None:
         return pull
     places = running.places if len(outputs) > 1 else {}
     head = running.head if "head" in places else None
-    waist = running.waist if "waist" in places else None
+    bottleneck = running.bottleneck if "waist" in places else None
 
     def chunked(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
         level, count = running.level, len(running.targets)
         one_forward = not any(_is_mapped(output, level) for output in outputs)  # an adaptive method's has one a target
         if not (one_forward and _is_mapped(cotangent, level)) or current_level() != level:
             return pull(cotangent, reduce)
-        size = _chunk_size(running, cotangent.device)
+        size = targets_per_chunk(running, cotangent.device)
         if size >= count and head is None:
             return pull(cotangent, reduce)
         whole = functorch._remove_batch_dim(cotangent, level, count, 0)
-        if head is not None and _combines(running, head[1].shape[1], primals):
+        if head is not None and combines(running, head[1].shape[1], primals):
             hidden = outputs[places["head"]]
             parts = _combined(partial(back_from, places["head"]), hidden, head[1], whole, size, reduce)
-        elif head is not None and (rows := _rows(head[1], whole)) is not None:
+        elif head is not None and (rows := one_hot_rows(head[1], whole)) is not None:
             parts = cut(rows, size, head[0], places["head"], lambda gradients, _: _reduced(gradients, reduce))
         else:
-            parts = cut(whole, size, waist and waist.output, 0, lambda gradients, c: _finished(gradients, c, reduce))
+            parts = cut(
+                whole, size, bottleneck and bottleneck.output, 0, lambda gradients, c: _finished(gradients, c, reduce)
+            )
         return tuple(functorch._add_batch_dim(part, 0, level) for part in parts)
 
     def cut(
         cotangents: Tensor, size: int, start: Tensor | None, place: int, finish: Callable[[Tensors, Tensor], Tensors]
     ) -> list[Tensor]:
         """Pull cotangents of `start`, which is at `place` among the outputs, in chunks."""
-        if waist is None or start is None:
+        if bottleneck is None or start is None:
             return _in_chunks(_vectorised(lambda c: finish(back_from(place, c), c)), size, cotangents)
 
-        upward = _vectorised(partial(_between, start, waist.tensor))
+        upward = _vectorised(partial(_between, start, bottleneck.tensor))
 
         def in_two(some: Tensor) -> Tensors:
             (halfway,) = upward(some)
             onward = _vectorised(lambda h, c: finish(back_from(places["waist"], h), c))
             return tuple(_in_chunks(onward, size, halfway, some))
 
-        return _in_chunks(in_two, waist.wide, cotangents)
+        return _in_chunks(in_two, bottleneck.wide, cotangents)
 
     return chunked
 
@@ -157,18 +158,3 @@ def _in_chunks(pull: Callable[..., Tensors], size: int, *stacked: Tensor) -> lis
         for whole, g in zip(gradients, part, strict=True):
             whole[start : start + size] = g
     return gradients or [torch.cat(column) for column in zip(*parts, strict=True)]
-
-
-def _chunk_size(running: _Many, device: torch.device) -> int:
-    """Cut the targets so that a chunk's cotangents, about four of the largest activation a target, keep to a budget.
-
-    On a CPU larger chunks are not faster, and slower with depthwise convolutions: `benchmarks/targets.py`.
-    """
-    count = len(running.targets)
-    if running.chunk_size is None:
-        return count
-    on_cpu = device.type == "cpu"
-    fitting = max(1, budget_on(device, COTANGENTS) // max(1, 4 * running.largest))
-    if running.chunk_size == "auto":
-        return min(count, fitting)
-    return min(running.chunk_size, fitting) if on_cpu else running.chunk_size

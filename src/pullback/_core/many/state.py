@@ -1,4 +1,4 @@
-"""Many targets of one input: one forward, and pulls in chunks."""
+"""The run of a method over many targets that is under way in this thread, and what it knows of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pullback._core.batching import budget_on
@@ -18,14 +19,14 @@ from pullback._torch.internals import (
     readable,
 )
 
-COTANGENTS = 24 * 2**20, 512 * 2**20  # bytes for those of a chunk, on a CPU and elsewhere
+COTANGENT_BYTES = 24 * 2**20, 512 * 2**20  # bytes for those of a chunk, on a CPU and elsewhere
 
 FEW = 4  # targets in a chunk: fewer read the weights of late layers too often
 
-LARGE_HEAD = 2**14  # weights, from which it is worth while to go round a head's product
+LARGE_HEAD_NUMEL = 2**14  # weights, from which it is worth while to go round a head's product
 
 
-class Waist(NamedTuple):
+class Bottleneck(NamedTuple):
     """A tensor of a forward that all ways from its output back lead through, and what comes after is small."""
 
     tensor: Tensor
@@ -34,7 +35,7 @@ class Waist(NamedTuple):
 
 
 @dataclass
-class _Many:
+class TargetRun:
     """The run of a method over targets that is under way in this thread."""
 
     targets: Tensor
@@ -43,17 +44,17 @@ class _Many:
     largest: int = 0  # bytes that the largest operation of the forward put out
     clean: bool | None = None  # whether all indices met are known to be classes
     head: tuple[Tensor, Tensor] | None = None  # input and weight of a linear map that gives the output
-    waist: Waist | None = None
+    bottleneck: Bottleneck | None = None
     places: dict[str, int] = field(default_factory=dict)  # of head and waist, among what a forward hands to its pull
     linear: bool = False  # whether what a cotangent is pulled back to is linear in it
     products: int = 0  # of inputs and weights in a forward
 
 
-_local = threading.local()
+local = threading.local()
 
 
-def _running() -> _Many | None:
-    return None if compiling() else getattr(_local, "many", None)
+def current_run() -> TargetRun | None:
+    return None if compiling() else getattr(local, "many", None)
 
 
 def check_range(target: int | Tensor | np.ndarray, classes: int) -> None:
@@ -65,7 +66,7 @@ def check_range(target: int | Tensor | np.ndarray, classes: int) -> None:
 
 def check_indices(target: Any, classes: int) -> None:
     """Check the targets that are run together, of which `target` is made: one by one they cannot be read."""
-    running = _running()
+    running = current_run()
     if running is None:
         return
     if readable(running.targets) and not running.targets.is_floating_point():
@@ -80,19 +81,34 @@ def check_indices(target: Any, classes: int) -> None:
 
 def clean() -> bool:
     """Say whether every index of the targets that are run together is known to be a class."""
-    running = _running()
+    running = current_run()
     return running is not None and running.clean is True
 
 
 def only_targets() -> bool:
     """Say whether the targets that are run together are the only thing that is batched or differentiated here."""
-    running = _running()
+    running = current_run()
     return running is not None and running.level == current_level() == 1
 
 
 def measuring(tensors: Sequence[Tensor]) -> tuple[bool, int]:
     """Say whether to keep account of a forward, and how many bytes count as small, by the device of its inputs."""
-    running = _running()
+    running = current_run()
     if running is None or not tensors:
         return running is not None, 0
-    return True, budget_on(tensors[0].device, COTANGENTS) // (4 * FEW)
+    return True, budget_on(tensors[0].device, COTANGENT_BYTES) // (4 * FEW)
+
+
+def targets_per_chunk(running: TargetRun, device: torch.device) -> int:
+    """Cut the targets so that a chunk's cotangents, about four of the largest activation a target, keep to a budget.
+
+    On a CPU larger chunks are not faster, and slower with depthwise convolutions: `benchmarks/targets.py`.
+    """
+    count = len(running.targets)
+    if running.chunk_size is None:
+        return count
+    on_cpu = device.type == "cpu"
+    fitting = max(1, budget_on(device, COTANGENT_BYTES) // max(1, 4 * running.largest))
+    if running.chunk_size == "auto":
+        return min(count, fitting)
+    return min(running.chunk_size, fitting) if on_cpu else running.chunk_size

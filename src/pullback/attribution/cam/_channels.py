@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback._call import Params
 from pullback._core.forward import activations
-from pullback._core.types import Inputs, Model
+from pullback._core.types import Inputs, Model, Params
 
 Tokens: TypeAlias = "Literal['channels_first', 'channels_last'] | tuple[int, int] | Callable[[Tensor], Tensor] | None"
 

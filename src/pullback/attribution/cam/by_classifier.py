@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pullback import maps
-from pullback._call import Params
 from pullback._core.entry import public
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._core.vjp import pullback
 from pullback.attribution.cam._channels import Tokens, gridded
 

@@ -8,11 +8,10 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from pullback import maps
-from pullback._call import Params
-from pullback._core.batching import Progress, Together
+from pullback._core.batching import ChunkSize, Progress
 from pullback._core.entry import public
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._core.vjp import pullback
 from pullback._torch.random import Seed
 from pullback.attribution.cam._channels import Tokens, gridded, over_positions, ratio, read_channels
@@ -383,7 +382,7 @@ def smooth_grad_cam_plus_plus(
     noise: float = 0.15,
     absolute: bool = False,
     seed: Seed = 0,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
     output: Select = None,

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback._call import Params
 from pullback._core.batching import Progress, chunks, report
 from pullback._core.entry import public
 from pullback._core.forward import run
 from pullback._core.inputs import each, folded, repeated, unfolded
 from pullback._core.targets import score
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._core.vjp import pullback
 from pullback._torch.random import Seed, normal
 from pullback.attribution.cam._channels import Tokens, gridded, ratio, read_channels

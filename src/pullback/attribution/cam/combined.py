@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback._call import Params
 from pullback._core.entry import public
 from pullback._core.forward import run
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback.attribution.cam._channels import Tokens, ratio
 from pullback.attribution.cam.by_gradient import grad_cam, layer_cam
 from pullback.attribution.gradients import guided_backprop

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pullback._call import Params
 from pullback._core.entry import public
 from pullback._core.targets import score
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._core.vjp import pullback
 from pullback._torch.internals import eye
 from pullback.attribution.cam._channels import Tokens, gridded
@@ -105,12 +104,12 @@ def principal(features: Tensor) -> Tensor:
     """Project ``[batch channel ...]`` onto its first principal component over positions, ``[batch 1 ...]``."""
     centred = features.flatten(2) - features.flatten(2).mean(2, keepdim=True)
     wide = centred.to(torch.promote_types(centred.dtype, torch.float32))
-    swapped = wide.shape[1] > wide.shape[2]  # the smaller of the two matrices has the same eigenvalues
+    OperationMode = wide.shape[1] > wide.shape[2]  # the smaller of the two matrices has the same eigenvalues
     with torch.autocast(wide.device.type, enabled=False):  # which multiplies in half the precision
-        gram = wide.mT @ wide if swapped else wide @ wide.mT
+        gram = wide.mT @ wide if OperationMode else wide @ wide.mT
         axis = _leading(gram)
         line = axis.unsqueeze(1)
-        map = line * (wide @ axis.unsqueeze(2)).norm(dim=1, keepdim=True) if swapped else line @ wide
+        map = line * (wide @ axis.unsqueeze(2)).norm(dim=1, keepdim=True) if OperationMode else line @ wide
     peak = map.gather(2, map.abs().argmax(2, keepdim=True))
     return (map * peak.detach().sign()).to(features.dtype).unflatten(2, features.shape[2:])
 

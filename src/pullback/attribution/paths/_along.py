@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._call import Params
 from pullback._core.forward import activations
-from pullback._core.inputs import Leaves, folded, repeated, unfolded
+from pullback._core.inputs import InputTree, folded, repeated, unfolded
 from pullback._core.targets import cotangent, score
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._core.vjp import Pulled, pullback
 from pullback._ops.dispatch import Table
 from pullback.attribution.paths._quadrature import Tensors
@@ -39,13 +38,13 @@ class Course:
 
     def pulled(self, points: Tensors) -> tuple[Pulled, Target]:
         """Run the model at points ``[point batch ...]``; give the target of each as well."""
-        leaves, count = Leaves(self.x), len(points[0])
+        tree, count = InputTree(self.x), len(points[0])
         given = [folded(point) for point in points]
 
         def each_point(v: Any) -> Any:
-            return repeated(v, count, leaves.batch)
+            return repeated(v, count, tree.batch)
 
-        x = leaves.rebuild([each_point(t) for t in leaves.tensors] if self.layer else given, each_point)
+        x = tree.rebuild([each_point(t) for t in tree.tensors] if self.layer else given, each_point)
         where = {"layer": self.layer, "at": self.at, "output": self.output, "table": self.table, "strict": self.strict}
         return pullback(self.params, self.model, x, **where, given=given), each_point(self.target)
 
@@ -68,7 +67,7 @@ class Course:
     def result(self, attributions: Tensors) -> Any:
         """Give attributions the structure of `x`; at a layer, the sum over its calls."""
         if not self.layer:
-            return Leaves(self.x).rebuild(attributions, lambda v: None)
+            return InputTree(self.x).rebuild(attributions, lambda v: None)
         if any(a.shape != attributions[0].shape for a in attributions):
             raise ValueError(
                 f"`layer` names `{self.layer}`, whose calls have activations of different shapes: choose one, "
@@ -78,34 +77,34 @@ class Course:
 
 
 def needs_floating(x: Inputs) -> None:
-    if not Leaves(x).floating:
+    if not InputTree(x).floating:
         raise TypeError("`x` holds no floating-point tensor, so no path leads to it. Name a `layer`, or cast `x`.")
 
 
 def starts_of(x: Inputs, baseline: Any) -> list[Any]:
     """Give the baselines, each with the structure of `x` and broadcast to it; a list means several."""
-    leaves = Leaves(x)
+    tree = InputTree(x)
     several = baseline if isinstance(baseline, list) else [baseline]
     if not several:
         raise ValueError("`baseline` must not be an empty list.")
-    return [_start(leaves, one) for one in several]
+    return [_start(tree, one) for one in several]
 
 
-def _start(leaves: Leaves, baseline: Any) -> Any:
+def _start(tree: InputTree, baseline: Any) -> Any:
     """Give a baseline the structure and the shapes of `x`; what it leaves out is 0, or an integer of `x` as it is."""
-    if isinstance(leaves.x, Tensor):
-        return _broadcast(baseline, leaves.x) if leaves.floating or baseline is not None else leaves.x
-    given = dict(baseline or {}) if isinstance(leaves.x, dict) else dict(enumerate(baseline or ()))
-    unknown = set(given) - {key for key, _ in leaves.items}
+    if isinstance(tree.x, Tensor):
+        return _broadcast(baseline, tree.x) if tree.floating or baseline is not None else tree.x
+    given = dict(baseline or {}) if isinstance(tree.x, dict) else dict(enumerate(baseline or ()))
+    unknown = set(given) - {key for key, _ in tree.items}
     if unknown:
         raise ValueError(f"`baseline` must have the structure of `x`; `x` has nothing at {sorted(map(str, unknown))}.")
 
     def start(key: Any, value: Tensor | None) -> Tensor | None:
-        stays = value is None or (key not in leaves.floating and given.get(key) is None)
+        stays = value is None or (key not in tree.floating and given.get(key) is None)
         return value if stays else _broadcast(given.get(key), value)  # pyright: ignore[reportArgumentType]
 
-    values = {key: start(key, value) for key, value in leaves.items}
-    return tuple(values.values()) if isinstance(leaves.x, tuple) else values
+    values = {key: start(key, value) for key, value in tree.items}
+    return tuple(values.values()) if isinstance(tree.x, tuple) else values
 
 
 def _broadcast(baseline: Any, value: Tensor) -> Tensor:
@@ -121,12 +120,12 @@ def ends_of(course: Course, baseline: Any) -> tuple[list[tuple[Tensor, ...]], tu
     if not course.layer:
         needs_floating(course.x)
     end = course.place(course.x)
-    if baseline is None and course.layer and not Leaves(course.x).floating:
+    if baseline is None and course.layer and not InputTree(course.x).floating:
         return [tuple(torch.zeros_like(a) for a in end)], end
     return [course.place(start) for start in starts_of(course.x, baseline)], end
 
 
-def gap_of(course: Course, attributions: Tensors, starts: Sequence[Tensors], end: Tensors) -> Tensor:
+def convergence_delta(course: Course, attributions: Tensors, starts: Sequence[Tensors], end: Tensors) -> Tensor:
     """Sum of the attributions, less the difference in score between the end and the mean start."""
     total = sum(a.flatten(1).sum(1) for a in attributions)
     first = [torch.stack(t) for t in zip(*starts, strict=True)]

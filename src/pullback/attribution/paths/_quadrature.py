@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pullback._core.batching import Progress, Together
+from pullback._core.batching import ChunkSize, Progress
 from pullback._core.many.copies import copies
 from pullback._torch.levels import jvp
 
@@ -23,7 +23,7 @@ def integral(
     term: Callable[[Tensors, Tensors], Tensors],
     point: Callable[[int], Point],
     weights: Sequence[float],
-    chunk_size: Together,
+    chunk_size: ChunkSize,
     like: Tensors,
     progress: Progress = None,
 ) -> list[Tensor]:

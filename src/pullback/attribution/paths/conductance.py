@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from pullback._call import Params
-from pullback._core.batching import Progress, Together
+from pullback._core.batching import ChunkSize, Progress
 from pullback._core.entry import public
 from pullback._core.forward import activations
-from pullback._core.inputs import Leaves, folded, repeated, unfolded
+from pullback._core.inputs import InputTree, folded, repeated, unfolded
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._core.vjp import pullback
 from pullback._torch.levels import jvp
 from pullback.attribution.paths._along import Course, needs_floating, starts_of
@@ -45,7 +44,7 @@ def internal_influence(
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
     path: Path = straight,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
@@ -81,7 +80,7 @@ def internal_influence(
         return tour.layer_slopes(points)
 
     along = _along(x, baseline, steps, quadrature, path)
-    return tour.result(integral(term, *along, chunk_size, Leaves(x).tensors, progress))
+    return tour.result(integral(term, *along, chunk_size, InputTree(x).tensors, progress))
 
 
 @public
@@ -97,7 +96,7 @@ def conductance(
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
     path: Path = straight,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
@@ -138,7 +137,7 @@ def conductance(
         return [s * g for s, g in zip(speeds, tour.layer_slopes(points), strict=True)]
 
     along = _along(x, baseline, steps, quadrature, path)
-    return tour.result(integral(term, *along, chunk_size, Leaves(x).tensors, progress))
+    return tour.result(integral(term, *along, chunk_size, InputTree(x).tensors, progress))
 
 
 @public
@@ -155,7 +154,7 @@ def neuron_conductance(
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
     path: Path = straight,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
@@ -205,8 +204,8 @@ def neuron_conductance(
         return [v * g for v, g in zip(velocities, down, strict=True)]
 
     along = _along(x, baseline, steps, quadrature, path)
-    attributions = integral(term, *along, chunk_size, Leaves(x).tensors, progress)
-    return Leaves(x).rebuild(attributions, lambda v: None)
+    attributions = integral(term, *along, chunk_size, InputTree(x).tensors, progress)
+    return InputTree(x).rebuild(attributions, lambda v: None)
 
 
 def _weights_of(neuron: tuple[int, ...] | Tensor, activation: Tensor) -> Tensor:
@@ -225,9 +224,9 @@ class _Tour(Course):
     """A course whose points are inputs, and whose gradients are taken at a layer."""
 
     def inputs(self, tensors: Tensors) -> tuple[Any, int]:
-        leaves = Leaves(self.x)
-        count = len(tensors[0]) // leaves.batch
-        return leaves.rebuild(tensors, lambda v: repeated(v, count, leaves.batch)), count
+        tree = InputTree(self.x)
+        count = len(tensors[0]) // tree.batch
+        return tree.rebuild(tensors, lambda v: repeated(v, count, tree.batch)), count
 
     def activations(self, tensors: Tensors) -> tuple[Tensor, ...]:
         """Give the layer's activations at inputs ``[(point batch) ...]``."""
@@ -238,7 +237,7 @@ class _Tour(Course):
         x, count = self.inputs([folded(p) for p in points])
         where = {"layer": self.layer, "at": self.at, "output": self.output, "table": self.table, "strict": self.strict}
         pulled = pullback(self.params, self.model, x, **where)
-        slopes = pulled.pull(cotangent(pulled.output, repeated(self.target, count, Leaves(self.x).batch)))
+        slopes = pulled.pull(cotangent(pulled.output, repeated(self.target, count, InputTree(self.x).batch)))
         return [unfolded(g, count) for g in slopes]
 
     def speeds(self, points: Tensors, velocities: Tensors) -> list[Tensor]:
@@ -263,9 +262,9 @@ def _pushed(
 def _along(x: Inputs, baseline: Any, steps: int, quadrature: str, path: Path) -> tuple[Any, list[float]]:
     """Give the points of the paths from the baselines to `x`, and their weights."""
     nodes, weights = quadrature_of(quadrature, steps)
-    end = Leaves(x).tensors
+    end = InputTree(x).tensors
     needs_floating(x)
-    starts = [Leaves(start).tensors for start in starts_of(x, baseline)]
+    starts = [InputTree(start).tensors for start in starts_of(x, baseline)]
 
     def point(k: int) -> Point:
         return on_path(path, starts[k // steps], end, nodes[k % steps])

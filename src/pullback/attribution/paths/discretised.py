@@ -1,4 +1,4 @@
-"""Paths that are found on the way: by the gradient, or from word to word."""
+"""Discretised integrated gradients: a path from word to word."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback._call import Params
-from pullback._core.batching import Progress, Together
+from pullback._core.batching import ChunkSize, Progress
 from pullback._core.entry import public
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback.attribution.paths._along import Course, ends_of
 from pullback.attribution.paths._quadrature import Point, integral
 from pullback.rules._table import Rules, table_of
@@ -30,7 +29,7 @@ def discretised_integrated_gradients(
     steps: int = 30,
     neighbours: int = 50,
     strategy: Literal["greedy", "max_count"] = "greedy",
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
     output: Select = None,

@@ -1,4 +1,4 @@
-"""Integrated gradients and their kin: the gradient, or its square, summed along a path that is known beforehand."""
+"""Expected gradients: integrated gradients averaged over baselines."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._call import Params
-from pullback._core.batching import Progress, Together
+from pullback._core.batching import ChunkSize, Progress
 from pullback._core.entry import public
-from pullback._core.inputs import Leaves
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.inputs import InputTree
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._torch.random import Seed, normal, uniform
 from pullback.attribution.paths._along import Course, needs_floating
 from pullback.attribution.paths._quadrature import (
@@ -34,7 +33,7 @@ def expected_gradients(
     seed: Seed = 0,
     layer: str = "",
     at: str = "output",
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
@@ -77,18 +76,18 @@ def expected_gradients(
     """
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples}.")
-    course, leaves = Course(params, model, x, target, output, table_of(rules), strict, layer, at), Leaves(x)
+    course, tree = Course(params, model, x, target, output, table_of(rules), strict, layer, at), InputTree(x)
     if not layer:
         needs_floating(x)
-    for key, t in zip(leaves.floating, leaves.tensors, strict=True):
+    for key, t in zip(tree.floating, tree.tensors, strict=True):
         _check_pool(baselines if key is None else baselines[key], t)
     data, end = course.place(baselines), course.place(x)
 
     def point(k: int) -> Point:
         index = torch.full((1,), k, device=end[0].device)
         alpha, choice = (uniform(seed, index, (), torch.float64, stream)[0] for stream in (0, 1))
-        moved = noise and leaves.floating
-        ends = course.place(_noisy(leaves, noise, seed, index)) if moved else end
+        moved = noise and tree.floating
+        ends = course.place(_noisy(tree, noise, seed, index)) if moved else end
         starts = [_drawn(pool, choice).to(e) for pool, e in zip(data, ends, strict=True)]
         velocities = [e - start for start, e in zip(starts, ends, strict=True)]
         return [s + alpha.to(v.dtype) * v for s, v in zip(starts, velocities, strict=True)], velocities
@@ -96,10 +95,10 @@ def expected_gradients(
     return course.result(integral(course.shares, point, (1 / samples,) * samples, chunk_size, end, progress))
 
 
-def _noisy(leaves: Leaves, noise: float, seed: Seed, index: Tensor) -> Any:
+def _noisy(tree: InputTree, noise: float, seed: Seed, index: Tensor) -> Any:
     """Add noise to an input, the same to all examples."""
-    draws = (normal(seed, index, t.shape[1:], t.dtype, 1 + stream) for stream, t in enumerate(leaves.tensors))
-    return leaves.rebuild([t + noise * draw for t, draw in zip(leaves.tensors, draws, strict=True)], lambda v: v)
+    draws = (normal(seed, index, t.shape[1:], t.dtype, 1 + stream) for stream, t in enumerate(tree.tensors))
+    return tree.rebuild([t + noise * draw for t, draw in zip(tree.tensors, draws, strict=True)], lambda v: v)
 
 
 def _drawn(pool: Tensor, choice: Tensor) -> Tensor:

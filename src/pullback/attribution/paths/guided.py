@@ -1,4 +1,4 @@
-"""Paths that are found on the way: by the gradient, or from word to word."""
+"""Guided integrated gradients: a path that moves the least important numbers first."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._call import Params
 from pullback._core.batching import Progress, report
 from pullback._core.entry import public
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback.attribution.paths._along import Course, ends_of
 from pullback.rules._table import Rules, table_of
 
@@ -78,7 +77,7 @@ def guided_integrated_gradients(
     for k in range(1, steps + 1):
         parts = _parts(point, shapes)
         slope = torch.cat([g[0].flatten(1) for g in course.slopes([p.unsqueeze(0) for p in parts])[1]], 1)
-        moved = _moved(point, start, end, slope, k / steps, fraction, max_distance)
+        moved = _input_factor(point, start, end, slope, k / steps, fraction, max_distance)
         total = total + (moved - point) * slope
         point = moved
         report(progress, k, steps)
@@ -91,7 +90,7 @@ def _parts(joined: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _moved(
+def _input_factor(
     point: Tensor, start: Tensor, end: Tensor, slope: Tensor, alpha: float, fraction: float, max_distance: float
 ) -> Tensor:
     """Move the features with the smallest gradients, ``[batch feature]``, until `alpha` of the way is done."""

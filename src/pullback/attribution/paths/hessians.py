@@ -1,4 +1,4 @@
-"""Integrated gradients and their kin: the gradient, or its square, summed along a path that is known beforehand."""
+"""Integrated Hessians: how pairs of features act together."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from pullback._call import Params
 from pullback._core.batching import Progress, report
 from pullback._core.entry import public
 from pullback._core.forward import run
 from pullback._core.targets import score
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._ops.dispatch import Table
 from pullback._ops.norms import layer_norm
 from pullback._torch.internals import eye

@@ -1,4 +1,4 @@
-"""Integrated gradients and their kin: the gradient, or its square, summed along a path that is known beforehand."""
+"""IDGI: each step's change in score, shared out by the squared gradient."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._call import Params
-from pullback._core.batching import Progress, Together
+from pullback._core.batching import ChunkSize, Progress
 from pullback._core.entry import public
 from pullback._core.many.copies import copies
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback.attribution.paths._along import Course, ends_of
 from pullback.attribution.paths._quadrature import (
     Path,
@@ -33,7 +32,7 @@ def idgi(
     baseline: Any = None,
     steps: int = 50,
     path: Path = straight,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
     output: Select = None,

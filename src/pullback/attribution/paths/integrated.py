@@ -1,4 +1,4 @@
-"""Integrated gradients and their kin: the gradient, or its square, summed along a path that is known beforehand."""
+"""Integrated gradients: the gradient summed along a path from a baseline to the input."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from pullback import maps
-from pullback._call import Params
-from pullback._core.batching import Progress, Together
+from pullback._core.batching import ChunkSize, Progress
 from pullback._core.entry import public
-from pullback._core.inputs import Leaves
-from pullback._core.types import Inputs, Model, Select, Target
-from pullback.attribution.paths._along import Course, ends_of, gap_of
+from pullback._core.inputs import InputTree
+from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback.attribution.paths._along import Course, convergence_delta, ends_of
 from pullback.attribution.paths._quadrature import (
     Path,
     Point,
@@ -39,7 +38,7 @@ def integrated_gradients(
     path: Path = straight,
     layer: str = "",
     at: str = "output",
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
@@ -69,7 +68,7 @@ def integrated_gradients(
         chunk_size: Points evaluated together: ``"auto"`` for as many as run fast, and under `over_targets` as its
             memory allows; `None` for all.
         progress: Called with (points done, points in all).
-        return_info: Return ``(attribution, info)``, where ``info["gap"]``, ``[batch]``, is the sum of the attribution
+        return_info: Return ``(attribution, info)``, where ``info["convergence_delta"]``, ``[batch]``, is the sum of the attribution
             less the difference in score. Costs a forward for each end.
 
     Returns:
@@ -99,7 +98,7 @@ def integrated_gradients(
     if not return_info:
         return course.result(a)
     first = [on_path(path, start, end, 0.0)[0] for start in starts]
-    return course.result(a), {"gap": gap_of(course, a, first, end)}
+    return course.result(a), {"convergence_delta": convergence_delta(course, a, first, end)}
 
 
 @public
@@ -113,7 +112,7 @@ def blur_integrated_gradients(
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
     padding: str = "replicate",
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
     output: Select = None,
@@ -153,7 +152,7 @@ def blur_integrated_gradients(
     """
     if not sigma > 0:
         raise ValueError(f"`sigma` must be a positive fraction of the longer side, got {sigma}.")
-    if any(t.ndim < 3 for t in Leaves(x).tensors):
+    if any(t.ndim < 3 for t in InputTree(x).tensors):
         raise ValueError("`x` must have spatial axes, [batch channel ...], to be blurred.")
 
     def sharpen(start: Tensor, end: Tensor, alpha: Tensor) -> Tensor:

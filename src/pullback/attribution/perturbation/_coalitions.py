@@ -1,8 +1,4 @@
-"""Explain by covering: run the model on many perturbed inputs, and account for the change of its score.
-
-Costs are quoted in forwards. The perturbations do not depend on the target, so that under `vmap` over targets one
-forward of each perturbed input serves all of them.
-"""
+"""Coalitions of features, and the least squares over them."""
 
 from __future__ import annotations
 
@@ -13,30 +9,34 @@ from torch import Tensor
 
 from pullback._torch.internals import eye
 from pullback._torch.random import Seed, uniform
-from pullback.attribution.perturbation.shapley import _ranks
 
 
-def _every_coalition(numbers: range, count: int, device: torch.device) -> Tensor:
+def random_ranks(seed: Seed, samples: Tensor, count: int, stream: int = 0) -> Tensor:
+    """Give random orders as the rank of each feature, ``[sample feature]``."""
+    return uniform(seed, samples, (count,), torch.float32, stream).argsort(dim=1, stable=True).argsort(1)
+
+
+def every_coalition(numbers: range, count: int, device: torch.device) -> Tensor:
     """Give the coalitions whose features are the bits of numbers, ``[number feature]``."""
     number = torch.arange(numbers.start, numbers.stop, device=device)
     return (number[:, None] >> torch.arange(count, device=device)) & 1 == 1
 
 
-def _weighted_coalitions(count: int, samples: int, seed: Seed, device: torch.device) -> tuple[Tensor, Tensor]:
+def weighted_coalitions(count: int, samples: int, seed: Seed, device: torch.device) -> tuple[Tensor, Tensor]:
     """Give all coalitions but the first and the last with their weights, where they are few, or draw some by weight."""
     if count < 30 and 2**count - 2 <= samples:
-        shown = _every_coalition(range(1, 2**count - 1), count, device)
+        shown = every_coalition(range(1, 2**count - 1), count, device)
         kernel = [0.0, *((count - 1) / (math.comb(count, s) * s * (count - s)) for s in range(1, count))]
         return shown, torch.tensor(kernel, dtype=torch.float64, device=device)[shown.sum(1)]
     sizes = torch.tensor([1 / (s * (count - s)) for s in range(1, count)], dtype=torch.float64, device=device)
     sample = torch.arange(samples, device=device)
-    drawn_ = uniform(seed, sample // 2, (1,), torch.float64, stream=1)
-    size = 1 + (drawn_ > sizes.cumsum(0) / sizes.sum()).sum(1, keepdim=True).clamp(max=count - 2)
-    shown = (_ranks(seed, sample // 2, count) < size) ^ (sample[:, None] % 2 == 1)
+    draw = uniform(seed, sample // 2, (1,), torch.float64, stream=1)
+    size = 1 + (draw > sizes.cumsum(0) / sizes.sum()).sum(1, keepdim=True).clamp(max=count - 2)
+    shown = (random_ranks(seed, sample // 2, count) < size) ^ (sample[:, None] % 2 == 1)
     return shown, torch.ones(samples, dtype=torch.float64, device=device)
 
 
-def _least_squares(rows: Tensor, values: Tensor, weight: Tensor, ridge: float = 0.0) -> Tensor:
+def least_squares(rows: Tensor, values: Tensor, weight: Tensor, ridge: float = 0.0) -> Tensor:
     """Solve weighted least squares ``[sample feature]``, ``[sample batch]`` -> ``[feature batch]``."""
     weighted = rows * weight[:, None]
     gram = weighted.T @ rows
@@ -45,7 +45,7 @@ def _least_squares(rows: Tensor, values: Tensor, weight: Tensor, ridge: float = 
     return torch.linalg.pinv(gram, hermitian=True) @ (weighted.T @ values)
 
 
-def _checked_coalitions(coalitions: Tensor, count: int, device: torch.device) -> Tensor:
+def checked_coalitions(coalitions: Tensor, count: int, device: torch.device) -> Tensor:
     if coalitions.ndim != 2 or coalitions.shape[1] != count:
         raise ValueError(f"`coalitions` must be [sample {count}], a column a feature, got {list(coalitions.shape)}.")
     return coalitions.to(device) != 0

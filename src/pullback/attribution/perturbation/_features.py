@@ -1,8 +1,4 @@
-"""Explain by covering: run the model on many perturbed inputs, and account for the change of its score.
-
-Costs are quoted in forwards. The perturbations do not depend on the target, so that under `vmap` over targets one
-forward of each perturbed input serves all of them.
-"""
+"""Features of the input: groups of numbers that are kept or covered together."""
 
 from __future__ import annotations
 
@@ -13,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback import masks as drawn
-from pullback._core.batching import Progress, Together, report, wide
-from pullback._core.masked import Scene
+from pullback._core.batching import ChunkSize, Progress, report, wide
+from pullback._core.masked import MaskedModel
+from pullback.masks import fill
 
 Keep = Callable[[range], "list[Tensor]"]
 
@@ -23,28 +19,28 @@ Keep = Callable[[range], "list[Tensor]"]
 # -- features and coalitions of them
 
 
-class _Features:
+class FeatureGroups:
     """Features of the input: groups of numbers that are shown or covered together.
 
     `ids`: for each covered tensor the group of each number, ``[1 *example]`` or ``[batch *example]``.
     """
 
-    def __init__(self, scene: Scene, features: Any, baseline: Any) -> None:
-        self.scene = scene
-        self.keys = [None] if scene.site.name else scene.leaves.floating
-        given = [self._of(features, key) for key in self.keys]
-        if features is None:
-            sizes = [math.prod(shape[1:]) for shape in scene.shapes]
+    def __init__(self, masked: MaskedModel, feature_mask: Any, baseline: Any) -> None:
+        self.masked = masked
+        self.keys = [None] if masked.site.name else masked.tree.floating
+        given = [self._of(feature_mask, key) for key in self.keys]
+        if feature_mask is None:
+            sizes = [math.prod(shape[1:]) for shape in masked.shapes]
             starts = [sum(sizes[:k]) for k in range(len(sizes))]
             self.count = sum(sizes)
             self.ids = [
-                torch.arange(start, start + size, device=scene.device).reshape(1, *shape[1:])
-                for start, size, shape in zip(starts, sizes, scene.shapes, strict=True)
+                torch.arange(start, start + size, device=masked.device).reshape(1, *shape[1:])
+                for start, size, shape in zip(starts, sizes, masked.shapes, strict=True)
             ]
         else:
-            self.ids = [self._laid(ids, shape) for ids, shape in zip(given, scene.shapes, strict=True)]
+            self.ids = [self._laid(ids, shape) for ids, shape in zip(given, masked.shapes, strict=True)]
             if min(int(ids.min()) for ids in self.ids) < 0:
-                raise ValueError("`features` must number groups from 0, got a negative number.")
+                raise ValueError("`feature_mask` must number groups from 0, got a negative number.")
             self.count = 1 + max(int(ids.max()) for ids in self.ids)
         self.baselines = [self._of(baseline, key) for key in self.keys]
 
@@ -57,8 +53,8 @@ class _Features:
     def _laid(self, ids: Any, shape: Sequence[int]) -> Tensor:
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
             what = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"`features` must be an integer tensor for each tensor that is covered, got {what}.")
-        ids = ids.long().to(self.scene.device)
+            raise TypeError(f"`feature_mask` must be an integer tensor for each tensor that is covered, got {what}.")
+        ids = ids.long().to(self.masked.device)
         for whole in (tuple(shape[1:]), tuple(shape)):
             if ids.ndim <= len(whole):
                 try:
@@ -66,30 +62,30 @@ class _Features:
                 except RuntimeError:
                     continue
                 return ids if whole == tuple(shape) else ids.unsqueeze(0)
-        raise ValueError(f"`features` must broadcast to {list(shape[1:])} or {list(shape)}, got {list(ids.shape)}.")
+        raise ValueError(f"`feature_mask` must broadcast to {list(shape[1:])} or {list(shape)}, got {list(ids.shape)}.")
 
     def kept(self, coalitions: Tensor) -> list[Tensor]:
         """Lay coalitions ``[copy group]`` out over the tensors, ``[copy (1 or batch) *example]``."""
         return [coalitions[:, ids] for ids in self.ids]
 
-    def scores(self, count: int, keep: Keep, chunk_size: Together, progress: Progress) -> Tensor:
+    def scores(self, count: int, keep: Keep, chunk_size: ChunkSize, progress: Progress) -> Tensor:
         """Score the input with all covered that `keep` does not keep: ``[copy batch]``."""
         found = []
-        for part in self.scene.parts(count, chunk_size):
+        for part in self.masked.parts(count, chunk_size):
             kept = keep(part)
 
             def cover(place: int, values: Tensor) -> Tensor:
-                under = drawn.covering(values[0], self.baselines[place])
+                under = fill(values[0], self.baselines[place])
                 return torch.where(kept[place], values, under)  # noqa: B023
 
-            found.append(self.scene.scores(len(part), cover))
+            found.append(self.masked.scores(len(part), cover))
             report(progress, part.stop, count)
-        return torch.cat(found).to(wide(self.scene.dtype))
+        return torch.cat(found).to(wide(self.masked.dtype))
 
     def laid_out(self, values: Tensor) -> Any:
         """Give each number the value of its group: ``[batch group]`` -> the structure of what is covered."""
         spread = []
-        for ids, shape in zip(self.ids, self.scene.shapes, strict=True):
+        for ids, shape in zip(self.ids, self.masked.shapes, strict=True):
             flat = torch.gather(values, 1, ids.flatten(1).expand(len(values), -1))
-            spread.append(flat.reshape(len(values), *shape[1:]).to(self.scene.dtype))
-        return spread[0] if self.scene.site.name else self.scene.leaves.rebuild(spread, lambda v: None)
+            spread.append(flat.reshape(len(values), *shape[1:]).to(self.masked.dtype))
+        return spread[0] if self.masked.site.name else self.masked.tree.rebuild(spread, lambda v: None)

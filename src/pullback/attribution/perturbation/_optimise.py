@@ -1,4 +1,4 @@
-"""Masks found by optimisation: the small area that a prediction lives on, or that it cannot live without."""
+"""Smooth masks of a given area, found by gradient ascent."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback import masks as drawn
-from pullback._core.batching import Together
-from pullback._core.masked import Scene
+from pullback._core.batching import ChunkSize
+from pullback._core.masked import MaskedModel
 from pullback._core.targets import cotangent, score
 from pullback._core.types import Target
 from pullback._torch.internals import readable
+from pullback.masks import plain_smooth_masks, smooth_grid, smooth_masks
 
 Reward = Callable[[Tensor, int], Tensor]
 Judge = Callable[[Tensor, Any], Tensor]
-PATIENCE = 20  # iterations over which a mask must rest to be done
+PATIENCE_ITERATIONS = 20  # iterations over which a mask must rest to be done
 
 
 def optimised_masks(
@@ -63,7 +63,7 @@ def optimised_masks(
     """
     rows = areas.shape[0]
     dtype, device = areas.dtype, areas.device
-    grid = drawn.smooth_grid(size, step)
+    grid = smooth_grid(size, step)
     start = torch.ones(rows, 1, *grid, dtype=dtype, device=device)
     first = _ranks_at_start(tuple(size), step, float(sigma)).to(device)
     pixels = len(first)
@@ -72,7 +72,7 @@ def optimised_masks(
     reference = (torch.arange(pixels, device=device) >= zeros[:, None]).to(dtype)
 
     def objective(parameters: Tensor, iteration: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        masks, whole = drawn.smooth_masks(parameters, size, step=step, sigma=sigma)
+        masks, whole = smooth_masks(parameters, size, step=step, sigma=sigma)
         rewards = reward(masks, iteration).to(dtype)
         ordered = whole.flatten(1)
         ordered = ordered[:, first] if iteration == 0 else ordered.sort(1).values
@@ -84,13 +84,13 @@ def optimised_masks(
     resting = torch.zeros(rows, dtype=torch.bool, device=device)
     for iteration in range(iterations):
         slope, (now, *terms) = torch.func.grad(objective, has_aux=True)(parameters, iteration)
-        masks = now if tolerance is None or iteration == 0 else torch.where(_rows(resting, now), masks, now)
+        masks = now if tolerance is None or iteration == 0 else torch.where(one_hot_rows(resting, now), masks, now)
         history.append(torch.stack(terms, 1))
         velocity = slope if iteration == 0 else momentum * velocity + (1 - dampening) * slope
         parameters = (parameters + learning_rate * velocity).clamp(0, 1)
         if progress is not None:
             progress(iteration + 1)
-        if tolerance is not None and iteration % PATIENCE == 0:
+        if tolerance is not None and iteration % PATIENCE_ITERATIONS == 0:
             if before is not None:
                 resting = resting | ((masks - before).abs().flatten(1).amax(1) <= tolerance)
             before = masks
@@ -105,15 +105,15 @@ def _ranks_at_start(size: tuple[int, ...], step: int, sigma: float) -> Tensor:
 
     Nearly all of them are equal: they are ranked as the plain form rounds them, the same in any dtype.
     """
-    start = torch.ones(1, 1, *drawn.smooth_grid(size, step))
-    return drawn.plain_smooth_masks(start, size, step=step, sigma=sigma).clamp(0, 1).flatten().argsort()
+    start = torch.ones(1, 1, *smooth_grid(size, step))
+    return plain_smooth_masks(start, size, step=step, sigma=sigma).clamp(0, 1).flatten().argsort()
 
 
-def _rows(flags: Tensor, like: Tensor) -> Tensor:
+def one_hot_rows(flags: Tensor, like: Tensor) -> Tensor:
     return flags.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _contrast(output: Tensor, target: Target) -> Tensor:
+def contrast(output: Tensor, target: Target) -> Tensor:
     """Give the score less the highest among the other classes, ``[row]``."""
     if target is None or callable(target) or (isinstance(target, Tensor) and target.is_floating_point()):
         raise ValueError("`reward` 'contrastive' compares classes: `target` must be a class index.")
@@ -122,21 +122,21 @@ def _contrast(output: Tensor, target: Target) -> Tensor:
     return score(output, target) - others.flatten(1).sum(1) if others.ndim > 1 else score(output, target) - others
 
 
-def _in_parts(
-    scene: Scene,
+def in_parts(
+    masked: MaskedModel,
     optimise: Callable[[range], tuple[Tensor, Tensor]],
     count: int,
     shown: int,
     iterations: int,
-    chunk_size: Together,
+    chunk_size: ChunkSize,
 ) -> list[Tensor]:
     """Optimise `count` rows, of which the model sees each in so many copies: masks, and the history of them all."""
     if iterations < 1:
         raise ValueError(f"`iterations` must be at least 1, got {iterations}.")
-    parts = scene.parts(count, chunk_size, rows=shown, times=2 * iterations)
+    parts = masked.parts(count, chunk_size, rows=shown, times=2 * iterations)
     masks, histories = zip(*[optimise(rows) for rows in parts], strict=True)
     longest = max(history.shape[2] for history in histories)
-    return [torch.cat(masks).to(scene.dtype), torch.cat([_held(history, longest) for history in histories])]
+    return [torch.cat(masks).to(masked.dtype), torch.cat([_held(history, longest) for history in histories])]
 
 
 def _held(history: Tensor, length: int) -> Tensor:

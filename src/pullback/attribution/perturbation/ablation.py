@@ -1,8 +1,4 @@
-"""Explain by covering: run the model on many perturbed inputs, and account for the change of its score.
-
-Costs are quoted in forwards. The perturbations do not depend on the target, so that under `vmap` over targets one
-forward of each perturbed input serves all of them.
-"""
+"""Cover, or exchange, one feature at a time."""
 
 from __future__ import annotations
 
@@ -11,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._call import Params
-from pullback._core.batching import Progress, Together, report, wide
-from pullback._core.checks import _positive
+from pullback._core.batching import ChunkSize, Progress, report, wide
+from pullback._core.checks import at_least
 from pullback._core.entry import public
-from pullback._core.masked import Scene
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.masked import MaskedModel
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._torch.random import Seed, uniform
-from pullback.attribution.perturbation._features import _Features
+from pullback.attribution.perturbation._features import FeatureGroups
 
 
 @public
@@ -28,13 +23,13 @@ def feature_ablation(
     x: Inputs,
     target: Target,
     *,
-    features: Any = None,
+    feature_mask: Any = None,
     baseline: Any = None,
     layer: str = "",
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Any:
     r"""Cover one feature at a time, and note by how much the score falls.
@@ -45,10 +40,10 @@ def feature_ablation(
 
     Args:
         params, model, x, target, layer, at, output, strict: See `gradient`.
-        features: Integers from 0 with the structure of `x`, ``[...]`` for all examples or ``[batch ...]``: numbers of
+        feature_mask: Integers from 0 with the structure of `x`, ``[...]`` for all examples or ``[batch ...]``: numbers of
             one group (a superpixel, a word) are covered together, also across tensors. Each number by itself if
             omitted.
-        baseline: What is shown instead, with the structure of `x`: see `pullback.masks.covering`. Zeros if omitted.
+        baseline: What is shown instead, with the structure of `x`: see `pullback.masks.fill`. Zeros if omitted.
         chunk_size: Features evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (features done, features in all).
 
@@ -57,7 +52,7 @@ def feature_ablation(
         what its group has.
 
     Raises:
-        ValueError: If `features` are negative or do not broadcast to `x`.
+        ValueError: If `feature_mask` are negative or do not broadcast to `x`.
         TypeError: If they are not integers.
 
     Example:
@@ -66,14 +61,14 @@ def feature_ablation(
         >>> torch.allclose(feature_ablation(params, model, x, 1), x * model.weight[1], atol=1e-6)
         True
     """
-    scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
-    groups = _Features(scene, features, baseline)
+    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    groups = FeatureGroups(masked, feature_mask, baseline)
 
     def keep(part: range) -> list[Tensor]:
-        index = torch.arange(part.start, part.stop, device=scene.device)
+        index = torch.arange(part.start, part.stop, device=masked.device)
         return [index.reshape(-1, *[1] * ids.ndim) != ids for ids in groups.ids]
 
-    whole = scene.scores(1, lambda _, values: values).to(wide(scene.dtype))
+    whole = masked.scores(1, lambda _, values: values).to(wide(masked.dtype))
     return groups.laid_out((whole - groups.scores(groups.count, keep, chunk_size, progress)).T)
 
 
@@ -85,12 +80,12 @@ def feature_permutation(
     target: Target,
     *,
     background: Inputs,
-    features: Any = None,
+    feature_mask: Any = None,
     samples: int | None = None,
     seed: Seed = 0,
     output: Select = None,
     strict: bool = False,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Any:
     r"""Replace one feature at a time by its values in other examples, and note by how much the score falls.
@@ -103,7 +98,7 @@ def feature_permutation(
     Args:
         params, model, x, target, output, strict: See `gradient`.
         background: Examples with the structure of `x`, as many as there are.
-        features: See `feature_ablation`.
+        feature_mask: See `feature_ablation`.
         samples: Number of examples drawn from the background; each of them once if omitted.
         seed: Integer, or an integer tensor ``[]``.
         chunk_size: Replacements evaluated together: ``"auto"`` for as many as run fast, `None` for all.
@@ -125,22 +120,22 @@ def feature_permutation(
     Reference:
         Fisher, Rudin & Dominici, All Models are Wrong, but Many are Useful, 2019, sec. 3.
     """
-    scene = Scene(params, model, x, target, output=output, strict=strict)
-    groups = _Features(scene, features, None)
-    others = [_Features._of(background, key) for key in groups.keys]
-    for other, shape in zip(others, scene.shapes, strict=True):
+    masked = MaskedModel(params, model, x, target, output=output, strict=strict)
+    groups = FeatureGroups(masked, feature_mask, None)
+    others = [FeatureGroups._of(background, key) for key in groups.keys]
+    for other, shape in zip(others, masked.shapes, strict=True):
         if not isinstance(other, Tensor) or other.shape[1:] != shape[1:] or not len(other):
             got = list(other.shape) if isinstance(other, Tensor) else type(other).__name__
             raise ValueError(f"`background` must be examples {list(shape[1:])}, as in `x`, got {got}.")
     available = len(others[0])
     count = available if samples is None else samples
-    _positive("samples", count)
-    index = torch.arange(count, device=scene.device)
+    at_least("samples", count)
+    index = torch.arange(count, device=masked.device)
     rows = index if samples is None else (uniform(seed, index, (), torch.float32) * available).long()
-    whole = scene.scores(1, lambda _, values: values).to(wide(scene.dtype))
+    whole = masked.scores(1, lambda _, values: values).to(wide(masked.dtype))
     found = []
-    for part in scene.parts(count * groups.count, chunk_size):
-        place = torch.arange(part.start, part.stop, device=scene.device)
+    for part in masked.parts(count * groups.count, chunk_size):
+        place = torch.arange(part.start, part.stop, device=masked.device)
         group, row = place // count, rows[place % count]
 
         def cover(which: int, values: Tensor) -> Tensor:
@@ -148,7 +143,7 @@ def feature_permutation(
             replaced = group.reshape(-1, *[1] * ids.ndim) == ids  # noqa: B023
             return torch.where(replaced, others[which][row].unsqueeze(1).to(values.dtype), values)  # noqa: B023
 
-        found.append(scene.scores(len(part), cover))
+        found.append(masked.scores(len(part), cover))
         report(progress, part.stop, count * groups.count)
     total = torch.cat(found).to(whole.dtype).unflatten(0, (groups.count, count)).mean(1)  # [group batch]
     return groups.laid_out((whole - total).T)

@@ -1,8 +1,4 @@
-"""Explain by covering: run the model on many perturbed inputs, and account for the change of its score.
-
-Costs are quoted in forwards. The perturbations do not depend on the target, so that under `vmap` over targets one
-forward of each perturbed input serves all of them.
-"""
+"""A target for detectors: detections similar to a given one."""
 
 from __future__ import annotations
 

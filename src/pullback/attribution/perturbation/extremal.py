@@ -1,4 +1,4 @@
-"""Masks found by optimisation: the small area that a prediction lives on, or that it cannot live without."""
+"""Extremal perturbation: the smooth mask of a given area that raises the score most."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback import masks as drawn
-from pullback._call import Params
-from pullback._core.batching import Progress, Together, report, wide
+from pullback._core.batching import ChunkSize, Progress, report, wide
 from pullback._core.entry import public
 from pullback._core.inputs import unfolded
-from pullback._core.masked import Canvas, Scene, canvas_of
+from pullback._core.masked import MaskAxes, MaskedModel, mask_axes_of
 from pullback._core.targets import score
-from pullback._core.types import Inputs, Model, Select, Target
-from pullback.attribution.perturbation._optimise import Judge, Reward, _contrast, _in_parts, optimised_masks
+from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback.attribution.perturbation._optimise import Judge, Reward, contrast, in_parts, optimised_masks
+from pullback.masks import blended, pyramid
 
 
 @public
@@ -43,7 +42,7 @@ def extremal_perturbation(
     tokens: bool = False,
     output: Select = None,
     strict: bool = False,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     return_info: bool = False,
 ) -> Any:
@@ -106,19 +105,21 @@ def extremal_perturbation(
     fractions = [float(areas)] if isinstance(areas, int | float) else [float(area) for area in areas]
     if not fractions or not all(0 <= area <= 1 for area in fractions):
         raise ValueError(f"`areas` must be fractions between 0 and 1, got {areas}.")
-    judge = reward if callable(reward) else {"simple": score, "contrastive": _contrast}[reward]
-    scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
-    canvas = canvas_of(scene, tokens)
-    total = len(fractions) * scene.batch
+    judge = reward if callable(reward) else {"simple": score, "contrastive": contrast}[reward]
+    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    mask_axes = mask_axes_of(masked, tokens)
+    total = len(fractions) * masked.batch
 
     def levels_of(values: Tensor) -> Tensor:
-        return drawn.pyramid(canvas.lay(values), perturbation, levels=levels, max_blur=max_blur)
+        return pyramid(mask_axes.to_channels_first(values), perturbation, levels=levels, max_blur=max_blur)
 
     def optimise(rows: range) -> tuple[Tensor, Tensor]:
         return optimised_masks(
-            _shown_through(scene.of_rows(rows), canvas, levels_of, judge, variant, jitter),
-            canvas.sizes,
-            torch.tensor([fractions[row // scene.batch] for row in rows], dtype=wide(scene.dtype), device=scene.device),
+            _shown_through(masked.of_rows(rows), mask_axes, levels_of, judge, variant, jitter),
+            mask_axes.sizes,
+            torch.tensor(
+                [fractions[row // masked.batch] for row in rows], dtype=wide(masked.dtype), device=masked.device
+            ),
             step=step,
             sigma=sigma,
             iterations=iterations,
@@ -127,9 +128,9 @@ def extremal_perturbation(
             progress=lambda done: report(progress, rows.start * iterations + done * len(rows), total * iterations),
         )
 
-    found = _in_parts(scene, optimise, total, 2 if variant == "dual" else 1, iterations, chunk_size)
+    found = in_parts(masked, optimise, total, 2 if variant == "dual" else 1, iterations, chunk_size)
     if not isinstance(areas, int | float):
-        found = [rows.unflatten(0, (len(fractions), scene.batch)) for rows in found]
+        found = [rows.unflatten(0, (len(fractions), masked.batch)) for rows in found]
     masks, history = found
     return (masks, {"history": history}) if return_info else masks
 
@@ -143,24 +144,29 @@ VARIANTS: Mapping[str, tuple[Callable[[Tensor], list[Tensor]], Callable[[Tensor]
 
 
 def _shown_through(
-    scene: Scene, canvas: Canvas, levels_of: Callable[[Tensor], Tensor], judge: Judge, variant: str, jitter: bool
+    masked: MaskedModel,
+    mask_axes: MaskAxes,
+    levels_of: Callable[[Tensor], Tensor],
+    judge: Judge,
+    variant: str,
+    jitter: bool,
 ) -> Reward:
     """Give the reward of masks: how the model's output is judged where it sees the image through them."""
     covers_of, raised = VARIANTS[variant]
     copies = len(covers_of(torch.ones(())))
-    at_input = not scene.site.name
-    steady = levels_of(scene.covered) if at_input else None
-    targets = scene.targets(copies)  # before the derivative is taken: what is repeated can be checked
+    at_input = not masked.site.name
+    steady = levels_of(masked.covered) if at_input else None
+    targets = masked.targets(copies)  # before the derivative is taken: what is repeated can be checked
 
     def reward(masks: Tensor, iteration: int) -> Tensor:
         covers = covers_of(masks)
 
         def cover(_: int, values: Tensor) -> Tensor:
             steps = levels_of(values[0]) if steady is None else steady
-            covered = torch.stack([drawn.blended(steps, mask) for mask in covers])
+            covered = torch.stack([blended(steps, mask) for mask in covers])
             mirrored = jitter and at_input and iteration % 2 == 0
-            return canvas.restore(covered.flip(-1) if mirrored else covered)
+            return mask_axes.undo(covered.flip(-1) if mirrored else covered)
 
-        return raised(unfolded(judge(scene.outputs(copies, cover), targets), copies))
+        return raised(unfolded(judge(masked.outputs(copies, cover), targets), copies))
 
     return reward

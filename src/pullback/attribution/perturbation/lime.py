@@ -1,8 +1,4 @@
-"""Explain by covering: run the model on many perturbed inputs, and account for the change of its score.
-
-Costs are quoted in forwards. The perturbations do not depend on the target, so that under `vmap` over targets one
-forward of each perturbed input serves all of them.
-"""
+"""LIME: a sparse linear model of the score around the input."""
 
 from __future__ import annotations
 
@@ -11,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._call import Params
-from pullback._core.batching import Progress, Together
-from pullback._core.checks import _positive
+from pullback._core.batching import ChunkSize, Progress
+from pullback._core.checks import at_least
 from pullback._core.entry import public
-from pullback._core.masked import Scene
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.masked import MaskedModel
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._torch.random import Seed, uniform
-from pullback.attribution.perturbation._coalitions import _checked_coalitions, _least_squares
-from pullback.attribution.perturbation._features import _Features
+from pullback.attribution.perturbation._coalitions import checked_coalitions, least_squares
+from pullback.attribution.perturbation._features import FeatureGroups
 
 
 @public
@@ -29,7 +24,7 @@ def lime(
     x: Inputs,
     target: Target,
     *,
-    features: Any = None,
+    feature_mask: Any = None,
     baseline: Any = None,
     samples: int = 200,
     width: float = 0.25,
@@ -40,7 +35,7 @@ def lime(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     return_info: bool = False,
 ) -> Any:
@@ -81,29 +76,29 @@ def lime(
         Ribeiro, Singh & Guestrin, "Why Should I Trust You?", 2016, sec. 3. The width and the penalty are those of the
         authors' code for images.
     """
-    _positive("samples", samples)
+    at_least("samples", samples)
     if not width > 0:
         raise ValueError(f"`width` must be positive, got {width}.")
     if not ridge >= 0:
         raise ValueError(f"`ridge` must be at least 0, got {ridge}.")
-    scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
-    groups = _Features(scene, features, baseline)
+    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    groups = FeatureGroups(masked, feature_mask, baseline)
     n = groups.count
     if coalitions is None:
-        sample = torch.arange(samples, device=scene.device)
+        sample = torch.arange(samples, device=masked.device)
         shown = uniform(seed, sample, (n,), torch.float32) < 0.5
     else:
-        shown = _checked_coalitions(coalitions, n, scene.device)
+        shown = checked_coalitions(coalitions, n, masked.device)
     values = groups.scores(len(shown), lambda part: groups.kept(shown[part.start : part.stop]), chunk_size, progress)
     z, v = shown.double(), values.double()
     weight = torch.exp(-((1 - (z.sum(1) / n).sqrt()) ** 2) / (2 * width**2))
     share = weight / weight.sum()
     middle, mean = share @ z, share @ v
-    a = _least_squares(z - middle, v - mean, weight, ridge)  # [feature batch]
+    a = least_squares(z - middle, v - mean, weight, ridge)  # [feature batch]
     attribution = groups.laid_out(a.to(values.dtype).T)
     if not return_info:
         return attribution
     left = share @ (v - mean - (z - middle) @ a).square()
     spread = share @ (v - mean).square()
     fit = 1 - left / torch.where(spread == 0, torch.ones_like(spread), spread)
-    return attribution, {"intercept": (mean - middle @ a).to(scene.dtype), "fit": fit.to(scene.dtype)}
+    return attribution, {"intercept": (mean - middle @ a).to(masked.dtype), "fit": fit.to(masked.dtype)}

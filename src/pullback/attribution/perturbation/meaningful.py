@@ -1,4 +1,4 @@
-"""Masks found by optimisation: the small area that a prediction lives on, or that it cannot live without."""
+"""Meaningful perturbation: the smallest deletion that lowers the score most."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback import masks as drawn
-from pullback._call import Params
-from pullback._core.batching import Progress, Together, report, wide
+from pullback._core.batching import ChunkSize, Progress, report, wide
 from pullback._core.entry import public
-from pullback._core.masked import Scene, Squash, axis_sizes, canvas_of
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.masked import Link, MaskedModel, axis_sizes, mask_axes_of
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._torch.random import Seed, uniform
-from pullback.attribution.perturbation._optimise import _in_parts
+from pullback.attribution.perturbation._optimise import in_parts
+from pullback.masks import Fill, fill
 
 
 @public
@@ -27,9 +26,9 @@ def meaningful_perturbation(
     target: Target,
     *,
     iterations: int = 300,
-    cells: int | Sequence[int] = 28,
-    baseline: drawn.Cover = "blur",
-    squash: Squash = "softmax",
+    grid: int | Sequence[int] = 28,
+    baseline: Fill = "blur",
+    link: Link = "softmax",
     area: float = 1e-4,
     variation: float = 1e-2,
     beta: float = 3.0,
@@ -42,7 +41,7 @@ def meaningful_perturbation(
     tokens: bool = False,
     output: Select = None,
     strict: bool = False,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     return_info: bool = False,
 ) -> Any:
@@ -57,9 +56,9 @@ def meaningful_perturbation(
     Args:
         params, model, x, target, layer, at, output, strict: See `gradient`.
         iterations: Steps of Adam.
-        cells: Of the mask, along each axis; at most the size of the image.
-        baseline: What the mask blends into: see `pullback.masks.covering`. A blur by 10 pixels if omitted.
-        squash: What the output goes through before it is scored: see `rise`.
+        grid: Of the mask, along each axis; at most the size of the image.
+        baseline: What the mask blends into: see `pullback.masks.fill`. A blur by 10 pixels if omitted.
+        link: What the output goes through before it is scored: see `rise`.
         area, variation, beta: The weights :math:`\lambda_1` and :math:`\lambda_2` and the exponent.
         start: The mask to begin with, 1 keeping everything.
         jitter: The input is shifted at random by fewer pixels than this, around its border. Not at layers.
@@ -78,32 +77,32 @@ def meaningful_perturbation(
 
     Example:
         >>> model = lambda params, x: x[:, :, :4].sum((1, 2, 3))
-        >>> m = meaningful_perturbation({}, model, torch.ones(1, 1, 8, 8), None, baseline=0.0, cells=4, iterations=9)
+        >>> m = meaningful_perturbation({}, model, torch.ones(1, 1, 8, 8), None, baseline=0.0, grid=4, iterations=9)
         >>> bool(m[0, 0, 0, 0] > m[0, 0, -1, -1])
         True
 
     Reference:
         Fong & Vedaldi, Interpretable Explanations of Black Boxes by Meaningful Perturbation, 2017, sec. 4.
     """
-    scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict, squash=squash)
-    canvas = canvas_of(scene, tokens)
-    grid = [min(c, n) for c, n in zip(axis_sizes("cells", cells, canvas.sizes, int), canvas.sizes, strict=True)]
-    dtype = wide(scene.dtype)
+    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict, link=link)
+    mask_axes = mask_axes_of(masked, tokens)
+    sides = [min(c, n) for c, n in zip(axis_sizes("grid", grid, mask_axes.sizes, int), mask_axes.sizes, strict=True)]
+    dtype = wide(masked.dtype)
 
     def optimise(rows: range) -> tuple[Tensor, Tensor]:
-        part = scene.of_rows(rows)
+        part = masked.of_rows(rows)
         part.targets(1)  # before the derivative is taken: what is repeated can be checked
 
         def terms(mask: Tensor, iteration: int) -> Tensor:
-            large = maps.resize(mask, canvas.sizes)
-            at_t = torch.full((1,), iteration, device=scene.device)
-            shift = (uniform(seed, at_t, (len(grid),), torch.float32)[0] * max(1, jitter)).long()
+            large = maps.resize(mask, mask_axes.sizes)
+            at_t = torch.full((1,), iteration, device=masked.device)
+            shift = (uniform(seed, at_t, (len(sides),), torch.float32)[0] * max(1, jitter)).long()
 
             def cover(_: int, values: Tensor) -> Tensor:
-                shown = canvas.lay(values[0])
-                under = drawn.covering(shown, baseline)
+                shown = mask_axes.to_channels_first(values[0])
+                under = fill(shown, baseline)
                 blend = under + large.to(shown.dtype) * (shown - under)
-                return canvas.restore(_rolled(blend, shift) if jitter and not layer else blend).unsqueeze(0)
+                return mask_axes.undo(_rolled(blend, shift) if jitter and not layer else blend).unsqueeze(0)
 
             steps = [mask.diff(dim=axis).abs().pow(beta).flatten(1).sum(1) for axis in range(2, mask.ndim)]
             small, even = area * (1 - mask).abs().flatten(1).sum(1), variation * sum(steps[1:], steps[0])
@@ -111,14 +110,14 @@ def meaningful_perturbation(
 
         mask, history = _descended(
             terms,
-            torch.full((len(rows), 1, *grid), start, dtype=dtype, device=scene.device),
+            torch.full((len(rows), 1, *sides), start, dtype=dtype, device=masked.device),
             iterations,
             learning_rate,
-            lambda done: report(progress, rows.start * iterations + done * len(rows), scene.batch * iterations),
+            lambda done: report(progress, rows.start * iterations + done * len(rows), masked.batch * iterations),
         )
-        return 1 - maps.resize(mask, canvas.sizes), history
+        return 1 - maps.resize(mask, mask_axes.sizes), history
 
-    map, history = _in_parts(scene, optimise, scene.batch, 1, iterations, chunk_size)
+    map, history = in_parts(masked, optimise, masked.batch, 1, iterations, chunk_size)
     return (map, {"history": history}) if return_info else map
 
 

@@ -1,8 +1,4 @@
-"""Explain by covering: run the model on many perturbed inputs, and account for the change of its score.
-
-Costs are quoted in forwards. The perturbations do not depend on the target, so that under `vmap` over targets one
-forward of each perturbed input serves all of them.
-"""
+"""Slide a window over the input."""
 
 from __future__ import annotations
 
@@ -12,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pullback import masks as drawn
-from pullback._call import Params
-from pullback._core.batching import Progress, Together, report, wide
+from pullback._core.batching import ChunkSize, Progress, report, wide
 from pullback._core.entry import public
-from pullback._core.masked import Scene, axis_sizes, canvas_of
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.masked import MaskedModel, axis_sizes, mask_axes_of
+from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback.masks import Fill, fill, windows
 
 # -- windows and masks over an image
 
@@ -31,13 +26,13 @@ def occlusion(
     *,
     window: int | Sequence[int] | None = None,
     stride: int | Sequence[int] | None = None,
-    baseline: drawn.Cover = None,
+    baseline: Fill = None,
     tokens: bool = False,
     layer: str = "",
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Tensor:
     r"""Slide a window over the input, and note by how much the score falls where it covers.
@@ -51,7 +46,7 @@ def occlusion(
         window: Size, one number or one a spatial axis; an eighth of each axis if omitted. A window with a size for
             the channels too slides over them as well.
         stride: From place to place; half the window if omitted.
-        baseline: What is shown in the window: see `pullback.masks.covering`. Zeros if omitted.
+        baseline: What is shown in the window: see `pullback.masks.fill`. Zeros if omitted.
         tokens: What is covered is ``[batch token channel]``: the window slides over tokens.
         chunk_size: Places evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (places done, places in all).
@@ -73,31 +68,33 @@ def occlusion(
     Reference:
         Zeiler & Fergus, Visualizing and Understanding Convolutional Networks, 2014, sec. 4.2.
     """
-    scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
-    canvas = canvas_of(scene, tokens)
-    example = tuple(scene.shapes[0][1:])
-    everywhere = window is not None and not isinstance(window, int) and len(window) == len(example) > len(canvas.sizes)
-    sizes = example if everywhere else canvas.sizes
+    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    mask_axes = mask_axes_of(masked, tokens)
+    example = tuple(masked.shapes[0][1:])
+    everywhere = (
+        window is not None and not isinstance(window, int) and len(window) == len(example) > len(mask_axes.sizes)
+    )
+    sizes = example if everywhere else mask_axes.sizes
     window = axis_sizes("window", window, sizes, lambda n: math.ceil(n / 8))
     half = tuple(-(-w // 2) for w in window)
     stride = half if stride is None else axis_sizes("stride", stride, sizes, int)
-    rows = [drawn.windows(n, min(w, n), s, scene.device) for n, w, s in zip(sizes, window, stride, strict=True)]
+    rows = [windows(n, min(w, n), s, masked.device) for n, w, s in zip(sizes, window, stride, strict=True)]
     count = math.prod(map(len, rows))
-    whole = scene.scores(1, lambda _, values: values)
+    whole = masked.scores(1, lambda _, values: values)
     found = []
-    for part in scene.parts(count, chunk_size):
-        covered = _windows_at(rows, torch.arange(part.start, part.stop, device=scene.device)).unsqueeze(1)
+    for part in masked.parts(count, chunk_size):
+        covered = _windows_at(rows, torch.arange(part.start, part.stop, device=masked.device)).unsqueeze(1)
 
         def cover(_: int, values: Tensor) -> Tensor:
             if everywhere:
-                return torch.where(covered, drawn.covering(values[0], baseline), values)  # noqa: B023
-            shown = canvas.lay(values)
-            return canvas.restore(torch.where(covered.unsqueeze(1), drawn.covering(shown[0], baseline), shown))  # noqa: B023
+                return torch.where(covered, fill(values[0], baseline), values)  # noqa: B023
+            shown = mask_axes.to_channels_first(values)
+            return mask_axes.undo(torch.where(covered.unsqueeze(1), fill(shown[0], baseline), shown))  # noqa: B023
 
-        found.append(whole - scene.scores(len(part), cover))
+        found.append(whole - masked.scores(len(part), cover))
         report(progress, part.stop, count)
-    map_ = _mean_of_windows(rows, torch.cat(found).to(wide(scene.dtype)).T)
-    return (map_ if everywhere else map_.unsqueeze(1)).to(scene.dtype)
+    map_ = _mean_of_windows(rows, torch.cat(found).to(wide(masked.dtype)).T)
+    return (map_ if everywhere else map_.unsqueeze(1)).to(masked.dtype)
 
 
 def _windows_at(rows: Sequence[Tensor], index: Tensor) -> Tensor:

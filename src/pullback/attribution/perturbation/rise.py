@@ -1,8 +1,4 @@
-"""Explain by covering: run the model on many perturbed inputs, and account for the change of its score.
-
-Costs are quoted in forwards. The perturbations do not depend on the target, so that under `vmap` over targets one
-forward of each perturbed input serves all of them.
-"""
+"""Show random parts of the input."""
 
 from __future__ import annotations
 
@@ -13,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback import masks as drawn
-from pullback._call import Params
-from pullback._core.batching import Progress, Together, report, wide
-from pullback._core.checks import _positive
+from pullback._core.batching import ChunkSize, Progress, report, wide
+from pullback._core.checks import at_least
 from pullback._core.entry import public
-from pullback._core.masked import Scene, Squash, axis_sizes, canvas_of
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.masked import Link, MaskedModel, axis_sizes, mask_axes_of
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._torch.random import Seed, uniform
+from pullback.masks import grid_masks
 
 
 @public
@@ -31,9 +26,9 @@ def rise(
     target: Target,
     *,
     samples: int = 4000,
-    cells: int | Sequence[int] = 7,
+    grid: int | Sequence[int] = 7,
     p: float = 0.5,
-    squash: Squash = "softmax",
+    link: Link = "softmax",
     normalise: bool = True,
     seed: Seed = 0,
     tokens: bool = False,
@@ -41,7 +36,7 @@ def rise(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Tensor:
     r"""Show the model random parts of the input, and average the masks by the scores that they reach.
@@ -55,9 +50,9 @@ def rise(
     Args:
         params, model, x, target, layer, at, output, strict: See `gradient`.
         samples: Number of masks.
-        cells: Of the grid, along each axis.
+        grid: Of the grid, along each axis.
         p: Probability that a cell is shown.
-        squash: What the output goes through before it is scored: ``"softmax"`` over classes, as in the paper (an
+        link: What the output goes through before it is scored: ``"softmax"`` over classes, as in the paper (an
             output of one number, and a function as target, is taken as it is); ``"sigmoid"``, as TorchRay does; a
             function; `None` for the score itself.
         normalise: Divide by p, as the paper does and TorchRay does not.
@@ -81,33 +76,33 @@ def rise(
     Reference:
         Petsiuk, Das & Saenko, RISE: Randomized Input Sampling for Explanation of Black-box Models, 2018, sec. 3.
     """
-    _positive("samples", samples)
+    at_least("samples", samples)
     if not 0 < p <= 1:
         raise ValueError(f"`p` must be a probability above 0, got {p}.")
-    scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict, squash=squash)
-    canvas = canvas_of(scene, tokens)
-    cells = axis_sizes("cells", cells, canvas.sizes, lambda n: n)
-    cell = torch.tensor([math.ceil(n / c) for n, c in zip(canvas.sizes, cells, strict=True)], device=scene.device)
-    dtype = wide(scene.dtype)
+    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict, link=link)
+    mask_axes = mask_axes_of(masked, tokens)
+    grid = axis_sizes("grid", grid, mask_axes.sizes, lambda n: n)
+    cell = torch.tensor([math.ceil(n / c) for n, c in zip(mask_axes.sizes, grid, strict=True)], device=masked.device)
+    dtype = wide(masked.dtype)
 
     def scored() -> Iterator[tuple[Tensor, Tensor]]:
-        for part in scene.parts(samples, chunk_size):
-            index = torch.arange(part.start, part.stop, device=scene.device)
-            grids = (uniform(seed, index, cells, dtype) < p).to(dtype)
-            shifts = (uniform(seed, index, (len(cells),), torch.float32, stream=1) * cell).long()
-            masks = drawn.grid_masks(grids, shifts, canvas.sizes)  # [mask 1 *size]
+        for part in masked.parts(samples, chunk_size):
+            index = torch.arange(part.start, part.stop, device=masked.device)
+            grids = (uniform(seed, index, grid, dtype) < p).to(dtype)
+            shifts = (uniform(seed, index, (len(grid),), torch.float32, stream=1) * cell).long()
+            masks = grid_masks(grids, shifts, mask_axes.sizes)  # [mask 1 *size]
 
             def cover(_: int, values: Tensor) -> Tensor:
-                return canvas.restore(canvas.lay(values) * masks.unsqueeze(1).to(values.dtype))  # noqa: B023
+                return mask_axes.undo(mask_axes.to_channels_first(values) * masks.unsqueeze(1).to(values.dtype))  # noqa: B023
 
-            yield scene.scores(len(part), cover).to(dtype), masks.flatten(1)
+            yield masked.scores(len(part), cover).to(dtype), masks.flatten(1)
             report(progress, part.stop, samples)
 
     total = _weighted_sum(scored())
-    return (total / (samples * (p if normalise else 1))).unflatten(1, (1, *canvas.sizes)).to(scene.dtype)
+    return (total / (samples * (p if normalise else 1))).unflatten(1, (1, *mask_axes.sizes)).to(masked.dtype)
 
 
-HELD = 32 * 2**20  # bytes of masks that wait to be summed
+HELD_MASK_BYTES = 32 * 2**20  # bytes of masks that wait to be summed
 
 
 def _weighted_sum(pairs: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
@@ -119,7 +114,7 @@ def _weighted_sum(pairs: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     held: list[tuple[Tensor, Tensor]] = []
     for pair in pairs:
         held.append(pair)
-        if sum(masks.numel() * masks.element_size() for _, masks in held) >= HELD:
+        if sum(masks.numel() * masks.element_size() for _, masks in held) >= HELD_MASK_BYTES:
             total, held = total + _product(held), []
     return total + _product(held) if held else total
 

@@ -1,8 +1,4 @@
-"""Explain by covering: run the model on many perturbed inputs, and account for the change of its score.
-
-Costs are quoted in forwards. The perturbations do not depend on the target, so that under `vmap` over targets one
-forward of each perturbed input serves all of them.
-"""
+"""Shapley values: exact, by random orders, and by weighted least squares."""
 
 from __future__ import annotations
 
@@ -12,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._call import Params
-from pullback._core.batching import Progress, Together
-from pullback._core.checks import _positive
+from pullback._core.batching import ChunkSize, Progress
+from pullback._core.checks import at_least
 from pullback._core.entry import public
-from pullback._core.masked import Scene
-from pullback._core.types import Inputs, Model, Select, Target
-from pullback._torch.random import Seed, uniform
+from pullback._core.masked import MaskedModel
+from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._torch.random import Seed
 from pullback.attribution.perturbation._coalitions import (
-    _checked_coalitions,
-    _every_coalition,
-    _least_squares,
-    _weighted_coalitions,
+    checked_coalitions,
+    every_coalition,
+    least_squares,
+    random_ranks,
+    weighted_coalitions,
 )
-from pullback.attribution.perturbation._features import _Features
+from pullback.attribution.perturbation._features import FeatureGroups
 
 
 @public
@@ -35,13 +31,13 @@ def shapley_values(
     x: Inputs,
     target: Target,
     *,
-    features: Any = None,
+    feature_mask: Any = None,
     baseline: Any = None,
     layer: str = "",
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Any:
     r"""Give Shapley values exactly, by all coalitions of features.
@@ -73,22 +69,22 @@ def shapley_values(
     Reference:
         Shapley, A Value for n-Person Games, 1953.
     """
-    scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
-    groups = _Features(scene, features, baseline)
+    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    groups = FeatureGroups(masked, feature_mask, baseline)
     n = groups.count
     if n > 20:
         raise ValueError(
-            f"`shapley_values` runs 2^n coalitions of n features, at most 20, got {n}. Group them by `features`, "
+            f"`shapley_values` runs 2^n coalitions of n features, at most 20, got {n}. Group them by `feature_mask`, "
             "or use `shapley_sampling`."
         )
-    every = _every_coalition(range(2**n), n, scene.device)
+    every = every_coalition(range(2**n), n, masked.device)
     values = groups.scores(2**n, lambda part: groups.kept(every[part.start : part.stop]), chunk_size, progress)
     size = every.sum(1)
     share = torch.tensor([1 / (n * math.comb(n - 1, s)) if s < n else 0.0 for s in range(n + 1)], dtype=torch.float64)
     weight = share.to(values)[size]
     found = []
     for i in range(n):
-        without, with_ = (k.flatten() for k in torch.arange(2**n, device=scene.device).reshape(-1, 2, 2**i).unbind(1))
+        without, with_ = (k.flatten() for k in torch.arange(2**n, device=masked.device).reshape(-1, 2, 2**i).unbind(1))
         found.append(((values[with_] - values[without]) * weight[without, None]).sum(0))
     return groups.laid_out(torch.stack(found, 1))
 
@@ -100,7 +96,7 @@ def shapley_sampling(
     x: Inputs,
     target: Target,
     *,
-    features: Any = None,
+    feature_mask: Any = None,
     baseline: Any = None,
     samples: int = 25,
     antithetic: bool = False,
@@ -109,7 +105,7 @@ def shapley_sampling(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     return_info: bool = False,
 ) -> Any:
@@ -147,17 +143,17 @@ def shapley_sampling(
     Reference:
         Castro, Gómez & Tejada, Polynomial Calculation of the Shapley Value Based on Sampling, 2009.
     """
-    _positive("samples", samples)
-    scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
-    groups = _Features(scene, features, baseline)
+    at_least("samples", samples)
+    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    groups = FeatureGroups(masked, feature_mask, baseline)
     n = groups.count
-    sample = torch.arange(samples, device=scene.device)
-    ranks = _ranks(seed, sample // 2 if antithetic else sample, n)  # [sample group]
+    sample = torch.arange(samples, device=masked.device)
+    ranks = random_ranks(seed, sample // 2 if antithetic else sample, n)  # [sample group]
     if antithetic:
         ranks = torch.where(sample[:, None] % 2 == 1, n - 1 - ranks, ranks)
 
     def keep(part: range) -> list[Tensor]:
-        index = torch.arange(part.start, part.stop, device=scene.device)
+        index = torch.arange(part.start, part.stop, device=masked.device)
         inner = (index - 2).clamp(min=0)  # none, all, then all proper prefixes of each order
         prefix = ranks[inner // max(1, n - 1)] <= (inner % max(1, n - 1))[:, None]
         return groups.kept(torch.where(index[:, None] < 2, index[:, None] == 1, prefix))
@@ -175,11 +171,6 @@ def shapley_sampling(
     return attribution, {"error": groups.laid_out(error.T)}
 
 
-def _ranks(seed: Seed, samples: Tensor, count: int, stream: int = 0) -> Tensor:
-    """Give random orders as the rank of each feature, ``[sample feature]``."""
-    return uniform(seed, samples, (count,), torch.float32, stream).argsort(dim=1, stable=True).argsort(1)
-
-
 @public
 def kernel_shap(
     params: Params,
@@ -187,7 +178,7 @@ def kernel_shap(
     x: Inputs,
     target: Target,
     *,
-    features: Any = None,
+    feature_mask: Any = None,
     baseline: Any = None,
     samples: int = 200,
     coalitions: Tensor | None = None,
@@ -196,7 +187,7 @@ def kernel_shap(
     at: str = "output",
     output: Select = None,
     strict: bool = False,
-    chunk_size: Together = "auto",
+    chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Any:
     r"""Estimate Shapley values as the best additive model of the score over coalitions.
@@ -232,21 +223,21 @@ def kernel_shap(
         Lundberg & Lee, A Unified Approach to Interpreting Model Predictions, 2017, sec. 4.1. Covert & Lee, Improving
         KernelSHAP, 2021, for the complements.
     """
-    _positive("samples", samples)
-    scene = Scene(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
-    groups = _Features(scene, features, baseline)
+    at_least("samples", samples)
+    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    groups = FeatureGroups(masked, feature_mask, baseline)
     n = groups.count
     if coalitions is None:
-        shown, weight = _weighted_coalitions(n, samples, seed, scene.device)
+        shown, weight = weighted_coalitions(n, samples, seed, masked.device)
     else:
-        shown = _checked_coalitions(coalitions, n, scene.device)
-        weight = torch.ones(len(shown), dtype=torch.float64, device=scene.device)
-    ends = torch.tensor([[False], [True]], device=scene.device).expand(2, n)
+        shown = checked_coalitions(coalitions, n, masked.device)
+        weight = torch.ones(len(shown), dtype=torch.float64, device=masked.device)
+    ends = torch.tensor([[False], [True]], device=masked.device).expand(2, n)
     run = torch.cat([ends, shown])
     values = groups.scores(len(run), lambda part: groups.kept(run[part.start : part.stop]), chunk_size, progress)
     none, whole, v, z = values[0].double(), values[1].double(), values[2:].double(), shown.double()
     # the last feature has what the others leave of the difference
     rows = z[:, :-1] - z[:, -1:]
-    first = _least_squares(rows, v - none - z[:, -1:] * (whole - none), weight)  # [feature batch]
+    first = least_squares(rows, v - none - z[:, -1:] * (whole - none), weight)  # [feature batch]
     last = whole - none - first.sum(0)
     return groups.laid_out(torch.cat([first, last[None]]).to(values.dtype).T)

@@ -1,10 +1,4 @@
-"""Relevance: the score, or a probability, shared out backwards from layer to layer.
-
-The rules that do so are in `pullback.rules`. They catch operations, so they are right on any architecture without
-preparation: skips, in-place additions, concatenation, shared layers, attention.
-
-Layer-wise relevance propagation is covered by patents in some places: before you use it in a product, check.
-"""
+"""DeepLIFT by the rescale rule, and its mean over baselines."""
 
 from __future__ import annotations
 
@@ -13,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._call import Params
 from pullback._core.batching import Progress, report
 from pullback._core.entry import public
 from pullback._core.forward import run
-from pullback._core.inputs import Leaves, each
+from pullback._core.inputs import InputTree, each
 from pullback._core.layers import Site
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._core.vjp import pullback
 from pullback.rules._secants import Tape, paired, recording
 
@@ -81,8 +74,8 @@ def deep_lift(
         Shrikumar, Greenside & Kundaje, Learning Important Features Through Propagating Activation Differences, 2017,
         sec. 3.5.1.
     """
-    leaves = Leaves(x)
-    start = _start(leaves, baseline)
+    tree = InputTree(x)
+    start = _start(tree, baseline)
     tape: Tape = []
     before = _recorded(params, model, start, Site.parse(layer, at), output, tape)
     table = paired(tape)
@@ -92,9 +85,7 @@ def deep_lift(
     return pulled.rebuild([(a - b) * m for a, b, m in parts])
 
 
-def _recorded(
-    params: Params, model: Model, x: Inputs, site: Site, output: Select, tape: Tape
-) -> tuple[Tensor, ...]:
+def _recorded(params: Params, model: Model, x: Inputs, site: Site, output: Select, tape: Tape) -> tuple[Tensor, ...]:
     """Run the model, keep what goes into its nonlinear operations, and give the activations of a layer."""
     read: list[Tensor] = []
 
@@ -105,25 +96,25 @@ def _recorded(
 
     sites = (site,) if site.name else ()
     run(params, model, x, output=output, table=recording(tape), sites=sites, edit=edit if site.name else None)
-    return tuple(read) if site.name else Leaves(x).tensors
+    return tuple(read) if site.name else InputTree(x).tensors
 
 
-def _start(leaves: Leaves, baseline: Any) -> Any:
+def _start(tree: InputTree, baseline: Any) -> Any:
     """Give the baseline with the structure and the size of `x`; integer members that it has not are those of `x`."""
     if baseline is None:
-        if not leaves.floating:
+        if not tree.floating:
             raise ValueError("`baseline` must be given where `x` holds no floating-point tensor: other tokens, say.")
-        return leaves.rebuild([torch.zeros_like(t) for t in leaves.tensors], lambda v: v)
-    if isinstance(leaves.x, Tensor):
+        return tree.rebuild([torch.zeros_like(t) for t in tree.tensors], lambda v: v)
+    if isinstance(tree.x, Tensor):
         given = {None: baseline}
     elif isinstance(baseline, dict):
         given = baseline
     else:
         given = dict(enumerate(baseline))
     starts: dict[Any, Any] = {}
-    for key, value in leaves.items:
+    for key, value in tree.items:
         start = given.get(key)
-        if value is None or (start is None and key not in leaves.floating):
+        if value is None or (start is None and key not in tree.floating):
             starts[key] = value
             continue
         start = torch.as_tensor(0 if start is None else start, dtype=value.dtype, device=value.device)
@@ -133,9 +124,9 @@ def _start(leaves: Leaves, baseline: Any) -> Any:
             raise ValueError(
                 f"`baseline` must broadcast to `x`, {list(value.shape)}, got {list(start.shape)}."
             ) from None
-    if isinstance(leaves.x, Tensor):
+    if isinstance(tree.x, Tensor):
         return starts[None]
-    return tuple(starts.values()) if isinstance(leaves.x, tuple) else starts
+    return tuple(starts.values()) if isinstance(tree.x, tuple) else starts
 
 
 @public
@@ -180,7 +171,7 @@ def deep_lift_shap(
     Reference:
         Lundberg & Lee, A Unified Approach to Interpreting Model Predictions, 2017, sec. 4.2.
     """
-    members = [b for _, b in Leaves(baselines).items if b is not None]
+    members = [b for _, b in InputTree(baselines).items if b is not None]
     counts = {len(b) for b in members}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"`baselines` must hold the same number of samples, at least 1, got {sorted(counts)}.")

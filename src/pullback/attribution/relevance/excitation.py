@@ -1,10 +1,4 @@
-"""Relevance: the score, or a probability, shared out backwards from layer to layer.
-
-The rules that do so are in `pullback.rules`. They catch operations, so they are right on any architecture without
-preparation: skips, in-place additions, concatenation, shared layers, attention.
-
-Layer-wise relevance propagation is covered by patents in some places: before you use it in a product, check.
-"""
+"""Excitation backprop, and its contrast with a negated classifier."""
 
 from __future__ import annotations
 
@@ -13,17 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pullback._call import Params
 from pullback._core.entry import public
 from pullback._core.layers import Site
 from pullback._core.modules import named_layers, nearest
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._core.vjp import pullback
 from pullback._ops.constants import Remembering
 from pullback._ops.reading import LINEAR
 from pullback._torch.internals import compiling
-from pullback.attribution.relevance.lrp import _times_activation
+from pullback.attribution.relevance.lrp import times_activation
 from pullback.rules._composites import excitation_table
 from pullback.rules._coordinates import nonzero
 from pullback.rules._lrp import contrasted, excitation, last
@@ -70,7 +63,7 @@ def excitation_backprop(
     """
     table = table_of("excitation")
     pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table, strict=strict)
-    return _times_activation(pulled, pulled.pull(_probability(pulled.output, target)))
+    return times_activation(pulled, pulled.pull(_probability(pulled.output, target)))
 
 
 def _probability(y: Tensor, target: Target) -> Tensor:
@@ -153,4 +146,4 @@ def contrastive_excitation_backprop(
     pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table, strict=strict)
     if not met and not by_itself:
         raise ValueError(f"`classifier` must name a linear layer or a convolution that runs, got {classifier!r}.")
-    return _times_activation(pulled, pulled.pull(_probability(pulled.output, target)))
+    return times_activation(pulled, pulled.pull(_probability(pulled.output, target)))

@@ -1,10 +1,4 @@
-"""Relevance: the score, or a probability, shared out backwards from layer to layer.
-
-The rules that do so are in `pullback.rules`. They catch operations, so they are right on any architecture without
-preparation: skips, in-place additions, concatenation, shared layers, attention.
-
-Layer-wise relevance propagation is covered by patents in some places: before you use it in a product, check.
-"""
+"""Layer-wise relevance propagation, and the sum of relevance at each layer."""
 
 from __future__ import annotations
 
@@ -15,20 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
-from pullback._call import Params
 from pullback._core.entry import public
 from pullback._core.forward import run
-from pullback._core.inputs import Leaves
+from pullback._core.inputs import InputTree
 from pullback._core.layers import Site
-from pullback._core.shapes import activations_at
+from pullback._core.shapes import layer_shapes
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Select, Target
+from pullback._core.types import Inputs, Model, Params, Select, Target
 from pullback._core.vjp import Pulled, pullback
 from pullback.rules._coordinates import nonzero
 from pullback.rules._table import Rules, table_of
 
 
-def _times_activation(pulled: Pulled, cotangents: Sequence[Tensor]) -> Any:
+def times_activation(pulled: Pulled, cotangents: Sequence[Tensor]) -> Any:
     """Give relevance: the activation times its cotangent, zeros counted as a tiny number as in the rules."""
     return pulled.rebuild([nonzero(a) * c for a, c in zip(pulled.activations, cotangents, strict=True)])
 
@@ -82,7 +75,7 @@ def lrp(
         Decisions by Layer-Wise Relevance Propagation, 2015, sec. 2.
     """
     pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table_of(rules), strict=strict)
-    return _times_activation(pulled, pulled.pull(cotangent(pulled.output, target)))
+    return times_activation(pulled, pulled.pull(cotangent(pulled.output, target)))
 
 
 @public
@@ -122,9 +115,9 @@ def relevance_flow(
         True
     """
     sites = {name: Site.parse(name, "output") for name in layers if name}
-    seen = {site: activations_at(params, model, x, site) for site in sites.values()}
+    seen = {site: layer_shapes(params, model, x, site) for site in sites.values()}
     zeros = {(s, i): torch.zeros(v.shape, dtype=v.dtype) for s, calls in seen.items() for i, v in enumerate(calls)}
-    leaves = Leaves(x)
+    tree = InputTree(x)
 
     def forward(inputs: tuple[Tensor, ...], added: dict[tuple[Site, int], Tensor]) -> tuple[Tensor, Any]:
         activations: dict[tuple[Site, int], Tensor] = {}
@@ -136,16 +129,16 @@ def relevance_flow(
             return torch.ops.aten.add.Tensor(activation, added[site, call].to(activation.device, activation.dtype))
 
         options: dict[str, Any] = {"output": output, "table": table_of(rules), "strict": strict}
-        given = leaves.rebuild(inputs, lambda v: v)
+        given = tree.rebuild(inputs, lambda v: v)
         return run(params, model, given, sites=tuple(seen), edit=edit, seen=seen, **options), activations
 
-    y, pull, activations = vjp(forward, leaves.tensors, zeros, has_aux=True)  # pyright: ignore[reportAssignmentType]
+    y, pull, activations = vjp(forward, tree.tensors, zeros, has_aux=True)  # pyright: ignore[reportAssignmentType]
     inputs, cotangents = pull(cotangent(y, target))
     found: dict[str, Tensor] = {}
     for name in layers:
         if name:
             parts = [(a, cotangents[at]) for at, a in activations.items() if at[0] == sites[name]]
         else:
-            parts = list(zip(leaves.tensors, inputs, strict=True))
+            parts = list(zip(tree.tensors, inputs, strict=True))
         found[name] = sum((nonzero(a) * c).flatten(1).sum(1) for a, c in parts)  # pyright: ignore[reportArgumentType]
     return found

@@ -42,13 +42,13 @@ from torch import Tensor, nn
 from pullback import maps
 from pullback._core.entry import public
 from pullback._core.layers import Site, attach
-from pullback._core.module_copy import Shell
+from pullback._core.module_copy import ModuleCopy
 from pullback._core.modules import nearest, params_of, unwrapped
-from pullback._core.shapes import activations_at
+from pullback._core.shapes import layer_shapes
 from pullback._core.targets import cotangent
 from pullback._core.types import PullbackWarning
 from pullback._core.vjp import pullback
-from pullback._ops.dispatch import Rule, Table, swapped
+from pullback._ops.dispatch import OperationMode, Rule, Table
 from pullback._ops.spellings import Operation, activations
 from pullback.compat.torchray._arguments import ArgumentError
 
@@ -374,7 +374,7 @@ class Patch:
         return found, attribute
 
 
-class _Mode(swapped):
+class _Mode(OperationMode):
     """Operations by the rules of a table, all others untouched: the model is the caller's own, perhaps in training."""
 
     def _run(self, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -415,8 +415,8 @@ class RuleContext(AbstractContextManager[Any]):
     ) -> Literal[False]:
         mode = self._entered.pop()
         mode.__exit__(kind, error, trace)
-        if mode.told and error is None:
-            uncovered = ", ".join(f"`{operation}`" for operation in mode.told)
+        if mode.uncovered and error is None:
+            uncovered = ", ".join(f"`{operation}`" for operation in mode.uncovered)
             warnings.warn(
                 f"{self._rules().name} do not cover {uncovered}: what they do not cover keeps its own derivative.",
                 PullbackWarning,
@@ -460,7 +460,7 @@ class ReLUContext(RuleContext):
 
 def relu_table(rule: Rule, name: str) -> Table:
     """Give the table that runs ReLU, and nothing else, by a rule, and tells of other activations."""
-    return Table.of({torch.relu: rule}, tell=activations(), name=name)
+    return Table.of({torch.relu: rule}, must_cover=activations(), name=name)
 
 
 # -- the driver
@@ -587,13 +587,13 @@ def _on_autograd(
         return leaf.clone()
 
     sites: Sequence[Site] = [] if site is None else [site]
-    seen = {} if site is None else {site: activations_at(params, model, input, site)}
-    with torch.enable_grad(), swapped(), context:
-        shell = Shell(model, backward_hooks=True)  # made within the context, which may have hooked the model
-        shell.install(params)
-        probes = attach_debug_probes(shell.root, debug)
-        attach(shell, sites, edit, seen)
-        output = shell.root(x.clone())
+    seen = {} if site is None else {site: layer_shapes(params, model, input, site)}
+    with torch.enable_grad(), OperationMode(), context:
+        model_copy = ModuleCopy(model, backward_hooks=True)  # made within the context, which may have hooked the model
+        model_copy.install(params)
+        probes = attach_debug_probes(model_copy.root, debug)
+        attach(model_copy, sites, edit, seen)
+        output = model_copy.root(x.clone())
         output.backward(cotangent_of(output))
     originals = dict(unwrapped(model).named_modules())
     for name, probe in (probes or {}).items():

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pullback import maps, rules
-from pullback._core.entry import public, tell
-from pullback._core.layers import Layer
+from pullback._core.entry import public, warn_once
 from pullback._core.modules import named_layers, params_of, unwrapped
+from pullback._core.types import Layer
 from pullback._core.vjp import pullback
 from pullback._ops.constants import Remembering, is_constant
 from pullback._ops.dispatch import Table
 from pullback._ops.reading import LINEAR, LinearMap, linear_map
-from pullback._ops.spellings import Operation, operation_of
+from pullback._ops.spellings import Operation, canonical
 from pullback.compat.torchray._arguments import ArgumentError
 from pullback.compat.torchray.attribution.common import (
     RuleContext,
@@ -45,7 +45,7 @@ from pullback.compat.torchray.attribution.common import (
     resize_saliency,
     saliency,
 )
-from pullback.rules._coordinates import still
+from pullback.rules._coordinates import stop_gradient
 from pullback.rules._linear import LinearRule, Share
 from pullback.rules._rectifiers import RECTIFIERS
 
@@ -153,7 +153,7 @@ def update_resnet(model: nn.Module, debug: bool = False) -> nn.Module:
 
 def _share_sum(operation: Operation, *inputs: Tensor) -> Tensor:
     """Share relevance in proportion to what is positive of the inputs: none to any where there is nothing."""
-    fixed = [still(x) for x in inputs]
+    fixed = [stop_gradient(x) for x in inputs]
     total = operation(*fixed)
     excited = [x.clamp(min=0) for x in fixed]
     whole = operation(*excited)
@@ -173,7 +173,7 @@ def _told_negative(rule: Callable[..., Any]) -> Callable[..., Any]:
         # what records no gradient lies before the layer that is explained
         if not memo.get("negative") and x.requires_grad and bool((x < 0).any()):
             memo["negative"] = True
-            tell(
+            warn_once(
                 f"Excitation backprop takes inputs to be at least 0, and `{operation.__name__}` has negative ones: "
                 "before it relevance can be negative. Explain a layer behind a ReLU."
             )
@@ -217,7 +217,7 @@ def _table(negated: str | None = None) -> Table:
     table = rules.table_of("excitation_torchray")
     assert table is not None
     linear = {operation: _told_negative(table.rules[operation]) for operation in _RULED}
-    add = operation_of(torch.add)
+    add = canonical(torch.add)
     by_layer = list(table.by_layer)
     if negated is not None:
         opposite = LinearRule(
@@ -228,7 +228,7 @@ def _table(negated: str | None = None) -> Table:
         table,
         rules={**table.rules, **linear, eltwise_sum: _share_sum, add: Remembering(_told_sum)},
         by_layer=by_layer,
-        tell=table.tell - set(RECTIFIERS) | {add},  # rectifiers keep their derivative, as ReLU does
+        must_cover=table.must_cover - set(RECTIFIERS) | {add},  # rectifiers keep their derivative, as ReLU does
         name="The rules of ExcitationBackpropContext",
     )
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pullback import masks as drawn
 from pullback._core.entry import public
 from pullback._core.forward import run
 from pullback._core.modules import params_of
@@ -27,7 +26,8 @@ from pullback.attribution.perturbation._optimise import optimised_masks
 from pullback.compat.torchray._arguments import ArgumentError
 from pullback.compat.torchray.attribution.common import resize_saliency
 from pullback.compat.torchray.utils import imsmooth
-from pullback.rules._coordinates import still
+from pullback.masks import blended, pyramid, smooth_grid, smooth_masks
+from pullback.rules._coordinates import stop_gradient
 
 __all__ = [
     "BLUR_PERTURBATION",
@@ -72,11 +72,11 @@ class Perturbation:
         if type not in (BLUR_PERTURBATION, FADE_PERTURBATION):
             raise ArgumentError(f"`type` must be 'blur' or 'fade', got {type!r}.")
         self.type, self.num_levels, self.max_blur = type, num_levels, max_blur
-        self.pyramid = drawn.pyramid(input.detach(), type, levels=num_levels, max_blur=max_blur)[:, 0]
+        self.pyramid = pyramid(input.detach(), type, levels=num_levels, max_blur=max_blur)[:, 0]
 
     def apply(self, mask: Tensor) -> Tensor:
         """Show the image through masks ``[mask 1 height width]``, 1 showing it: ``[mask channel height width]``."""
-        return drawn.blended(self.pyramid.unsqueeze(1), mask)
+        return blended(self.pyramid.unsqueeze(1), mask)
 
     def to(self, dev: Any) -> Perturbation:
         """Move the steps to a device or type."""
@@ -105,14 +105,14 @@ class MaskGenerator:
         self.clamp, self.pooling_method, self.coldness = clamp, pooling_method, 20.0
         self.margin = sigma
         self.padding, self.radius = 1 + math.ceil(2 * sigma / step), 1 + math.ceil(sigma / step)
-        self.shape_in = drawn.smooth_grid(self.shape, self.step)
+        self.shape_in = smooth_grid(self.shape, self.step)
         self.shape_mid = tuple(n + 2 * self.padding - 2 * self.radius for n in self.shape_in)
         self.shape_up = tuple(self.step * n for n in self.shape_mid)
         self.shape_out = tuple(n - self.step + 1 for n in self.shape_up)
 
     def generate(self, mask_in: Tensor) -> tuple[Tensor, Tensor]:
         """Give the masks of parameters ``[mask 1 *shape_in]``, and the larger ones that they are cut from."""
-        return drawn.smooth_masks(
+        return smooth_masks(
             mask_in,
             self.shape,
             step=self.step,
@@ -223,7 +223,9 @@ def extremal_perturbation(
         y = run(params, model, x.flip(-1) if jitter and iteration % 2 == 0 else x)
         rewards = reward_func(y, target, variant=variant).reshape(len(masks), -1).mean(1)
         if print_iter is not None and iteration % print_iter == 0:
-            print(f"[{iteration + 1:04d}/{max_iter:04d}] reward {[one.item() for one in still(rewards.detach())]}")
+            print(
+                f"[{iteration + 1:04d}/{max_iter:04d}] reward {[one.item() for one in stop_gradient(rewards.detach())]}"
+            )
         return rewards
 
     masks, history = optimised_masks(

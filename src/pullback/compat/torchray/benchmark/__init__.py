@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pullback._networks.messages import needed
 from pullback._networks.models import Preprocessing, load
 from pullback._networks.photographs import prepare, read
-from pullback.compat.torchray.benchmark.datasets import *
-from pullback.compat.torchray.benchmark.models import *
+from pullback.compat.torchray.benchmark.datasets import *  # noqa: F403
+from pullback.compat.torchray.benchmark.models import *  # noqa: F403
 from pullback.compat.torchray.benchmark.models import _torchvision_network
 from pullback.compat.torchray.utils import imsc
 
