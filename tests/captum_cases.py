@@ -144,7 +144,8 @@ def ours(case: dict[str, Any], model: nn.Module) -> list[Any]:
 
 
 def _at(layer: str | None, method: str, model: nn.Module, x: Any, options: dict[str, Any]) -> Any:
-    where = {"layer": layer, "at": "input" if options.get("at_input") else "output"} if layer else {}
+    place = Layer(layer, at="input" if options.get("at_input") else "output") if layer else ""
+    where = {"layer": place} if layer else {}
     target = _total if options.get("target") is None else chosen(options["target"])
     args = (params_of(model), model, x, target)
     path = {name: options[name] for name in ("steps", "quadrature", "baseline") if name in options}
@@ -153,7 +154,7 @@ def _at(layer: str | None, method: str, model: nn.Module, x: Any, options: dict[
     more = {"output": 0} if options.get("first_output") else {}
     if method.startswith("Neuron"):
         unit, kind = chosen(options["neuron"]), method.removeprefix("Neuron")
-        at = Layer(layer, where["at"])
+        at = place
         if kind == "Conductance":
             return pullback.neuron_conductance(*args, neuron=_place(options["neuron"], args, where), **where, **path)
         if kind == "IntegratedGradients":

@@ -53,7 +53,7 @@ def ours(case: dict[str, Any], model: torch.nn.Module) -> Any:
     where = {}
     features, cover = options.get("feature_mask"), options.get("baselines")
     if case["method"] == "LayerFeatureAblation":
-        where = {"layer": case["layer"], "at": "input" if options["attribute_to_layer_input"] else "output"}
+        where = {"layer": Layer(case["layer"], at="input" if options["attribute_to_layer_input"] else "output")}
         features, cover = options.get("layer_mask"), options.get("layer_baselines")
     target = chosen(options.get("target"))
     return pullback.feature_ablation(

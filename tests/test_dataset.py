@@ -542,7 +542,7 @@ def test_what_is_there_and_no_store(tmp_path):
         ({"methods": {}}, "`method` must name at least one"),
         ({"methods": {"scores": gradient}}, "`method` must have names"),
         ({"methods": {"a/b": gradient}}, "`method` must have names"),
-        ({"methods": {"a": partial(gradient, layer="0", at="here")}}, "`at` must be"),
+        ({"methods": {"a": partial(gradient, layer="0:")}}, "`layer` must read"),
         ({"methods": {"a": lambda params, model, x, target: x.sum()}}, r"`a` must give a tensor \[batch ...\]"),
         ({"ids": ["a"]}, "`ids` must name each of the 23 examples, got 1"),
         ({"shard": (2, 2)}, "`shard` must be"),

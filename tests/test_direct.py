@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pullback import grad_cam, gradient, over_targets, params_of
-from pullback._core.forward import run
-from pullback._ops.bypass import _DIRECT, _NORMS
-from pullback._ops.dispatch import OperationMode
+from pullback._core.call import Call
+from pullback._core.forward import _BATCH_NORMS
+from pullback._core.module_copy import DIRECT
+from pullback._ops.accounting import Account
 from pullback._ops.replacements import REPLACEMENTS
 
 # an input of each layer that runs directly
@@ -35,7 +36,11 @@ LAYERS: dict[type[nn.Module], tuple[nn.Module, tuple[int, ...]]] = {
 for name in nn.modules.padding.__all__:
     pad = getattr(nn, name)(*(1, 0.5)[: 2 if name.startswith("Constant") else 1])
     LAYERS[type(pad)] = pad, (2, 4, *[6] * int(name[-2]))
-KINDS = sorted(_DIRECT, key=lambda kind: kind.__name__)
+KINDS = sorted(DIRECT, key=lambda kind: kind.__name__)
+
+
+def run(params, model, x):
+    return Call.bind(params, model, x).forward()
 
 
 class Watching(TorchFunctionMode):
@@ -73,7 +78,7 @@ def test_a_layer_gives_the_same_and_calls_nothing_that_would_be_traded(kind):
     assert torch.allclose(run({}, layer, x), layer(x), atol=1e-6)
     with Watching() as watching:
         layer(x)
-    assert kind in _NORMS or not REPLACEMENTS.keys() & set(watching.met)
+    assert kind in _BATCH_NORMS or not REPLACEMENTS.keys() & set(watching.met)
 
 
 def test_wrong_shapes_of_batch_norm_are_refused():
@@ -117,13 +122,13 @@ def test_hooks_of_layers_run():
 def test_an_account_of_sizes_is_the_same(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)).eval()
     x, found = torch.randn(1, 3, 5, 5), []
-    noted = OperationMode.measure
+    note = Account.note
 
-    def measure(mode, func, args, result):
-        noted(mode, func, args, result)
-        found.append((mode.largest, mode.products, mode.linear is not None and mode.linear[2] is result))
+    def noted(account, func, args, result):
+        note(account, func, args, result)
+        found.append((account.largest, account.products, account.linear is not None and account.linear[2] is result))
 
-    monkeypatch.setattr(OperationMode, "measure", measure)
+    monkeypatch.setattr(Account, "note", noted)
     maps = over_targets(gradient)({}, model, x, range(5))
     directly, found[:] = found[-1], []
     with Watching():

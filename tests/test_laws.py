@@ -96,7 +96,7 @@ def test_options_are_keyword_only_and_the_first_four_are_the_same():
         assert inspect.Parameter.POSITIONAL_OR_KEYWORD not in kinds[4:], name
         parameters = inspect.signature(method).parameters
         handed_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-        assert handed_on or {"output", "strict"} <= set(parameters), name
+        assert handed_on or "output" in parameters, name
 
 
 def test_every_exception_excepts_something():
@@ -651,7 +651,7 @@ def test_several_threads_on_one_model(case):
         for factor in (1.0, 1.3, 0.7)
         if laws.exempt(name, case, "call") is None
     ]
-    calls = {name: strict_free(name, case) for name in METHODS}
+    calls = {name: without_catching(name, case) for name in METHODS}
     serial = [calls[name](params, model, x, target) for name, params in jobs]
     before = state_of(model)
     with ThreadPoolExecutor(4) as pool:
@@ -661,7 +661,7 @@ def test_several_threads_on_one_model(case):
     assert state_of(model) == before
 
 
-def strict_free(name: str, case: Case) -> Any:
+def without_catching(name: str, case: Case) -> Any:
     """As `method_on`, without `catch_warnings`, which is not for threads; the cases here warn of nothing else."""
     chosen = laws.options(name, case)
 

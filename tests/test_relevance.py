@@ -138,7 +138,7 @@ def test_conserved_on_vision_models(name, composite):
     with torch.no_grad():
         expected = model(x)[:, 1]
     for layer in names:
-        relevance = lrp(params_of(model), model, x, 1, layer=layer, rules=chosen, strict=True)
+        relevance = lrp(params_of(model), model, x, 1, layer=layer, rules=chosen)
         torch.testing.assert_close(relevance.flatten(1).sum(1), expected, rtol=1e-6, atol=1e-9)
 
 
@@ -166,7 +166,7 @@ def test_conserved_on_language_models(name, attention):
     model = model.double().eval()
     logits = model(**ids).logits.detach()
     expected = logits[:, 1] if name == "bert" else logits[:, -1, 7]
-    options = {"output": "logits", "rules": rules.cp_lrp(1e-14, bias=False), "strict": True}
+    options = {"output": "logits", "rules": rules.cp_lrp(1e-14, bias=False)}
     for layer in names:
         relevance = lrp(params_of(model), model, ids, target, layer=layer, **options)
         torch.testing.assert_close(relevance.flatten(1).sum(1), expected, rtol=1e-6, atol=1e-8)
@@ -186,7 +186,7 @@ def test_positions_relative_to_each_other_are_constants():
     model = transformers.DebertaV2ForSequenceClassification(config).double().eval()
     ids, other = ({"input_ids": torch.tensor([tokens])} for tokens in ([1, 2, 3, 4], [1, 5, 5, 4]))
     score, start = (model(**given).logits[:, 1].detach() for given in (ids, other))
-    where = {"layer": "deberta.embeddings", "output": "logits", "strict": True}
+    where = {"layer": "deberta.embeddings", "output": "logits"}
     found = lrp(params_of(model), model, ids, 1, rules=rules.cp_lrp(1e-14, bias=False), **where)
     torch.testing.assert_close(found.sum((1, 2)), score, rtol=1e-6, atol=1e-9)
     found = deep_lift(params_of(model), model, ids, 1, baseline=other, **where)
@@ -228,7 +228,7 @@ def test_differences_add_up(case):
     one = lambda y: y[:, 1].flatten(1).sum(1) if y.ndim > 2 else y[:, 1]  # noqa: E731
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = deep_lift(params_of(model), model, x, one, baseline=baseline, strict=True, **case.options)
+        found = deep_lift(params_of(model), model, x, one, baseline=baseline, **case.options)
     total = torch.stack([t.flatten(1).sum(1) for t in pytree.tree_flatten(found)[0] if isinstance(t, Tensor)]).sum(0)
     twin = case.twin()
     expected = one(case.call(twin, x)) - one(case.call(twin, baseline))
@@ -279,9 +279,9 @@ def test_spellings_of_functions(name):
     total = lambda y: y.flatten(1).sum(1)  # noqa: E731
     if name in TOLD:
         with pytest.raises(ValueError, match="DeepLIFT's rules do not cover `"):
-            deep_lift({}, lambda p, x: function(x), x, total, baseline=b, strict=True)
+            deep_lift({}, lambda p, x: function(x), x, total, baseline=b)
         return
-    found = deep_lift({}, lambda p, x: function(x), x, total, baseline=b, strict=True)
+    found = deep_lift({}, lambda p, x: function(x), x, total, baseline=b)
     torch.testing.assert_close(found.sum(), function(x).sum() - function(b).sum())
 
 
@@ -315,7 +315,7 @@ def test_small_activations_add_up(name, size, dtype):
 def test_functions_pass_relevance_on(name):
     function = {"expit": torch.special.expit, "special.expm1": torch.special.expm1}.get(name) or getattr(torch, name)
     x = torch.rand(2, 3, dtype=torch.float64)
-    found = lrp({}, lambda p, x: function(x), x, 1, strict=True)
+    found = lrp({}, lambda p, x: function(x), x, 1)
     torch.testing.assert_close(found.sum(1), function(x)[:, 1])
 
 
@@ -397,7 +397,7 @@ def test_captum_returns_the_same(case):
     differs = case["name"] in DIFFERENT and "unit" not in options
     if differs or x[0].dtype == torch.float64:
         model, x = model.double(), tuple(t.double() for t in x)
-    elsewhere: dict[str, Any] = {"layer": case["layer"], "at": at} if case["layer"] else {}
+    elsewhere: dict[str, Any] = {"layer": Layer(case["layer"], at)} if case["layer"] else {}
     if "unit" in options:
         target, elsewhere = captum_cases.chosen(options["unit"]), {"output": Layer(case["layer"], at)}
     baseline = options.get("baseline")
@@ -412,7 +412,7 @@ def test_captum_returns_the_same(case):
         for name, rule in (options.get("rules") or {}).items():
             chosen |= {(name, operation): RULES[rule] for operation in (F.linear, F.conv2d)}
         names = case["layer"] if isinstance(case["layer"], list) else [case["layer"]]
-        places = [{"layer": name, "at": at} for name in names if name] or [{}]
+        places = [{"layer": Layer(name, at)} for name in names if name] or [{}]
         found = [lrp(params_of(model), model, x, target, **place, rules=chosen) for place in places]
     found = [t for t in pytree.tree_flatten(found)[0] if t is not None]
     expected = pytree.tree_flatten(captum_cases.value(case["expected"]))[0]

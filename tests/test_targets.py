@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pullback import grad_cam, gradient, guided_backprop, over_targets, params_of
+from pullback import Layer, grad_cam, gradient, guided_backprop, over_targets, params_of
 from pullback._core.many.state import LARGE_HEAD_NUMEL
 
 WIDTH, CLASSES = 40, 450
@@ -34,7 +34,7 @@ METHODS = {
     "gradient": (gradient, {}),
     "guided_backprop": (guided_backprop, {}),
     "gradient at a layer": (gradient, {"layer": "conv"}),
-    "gradient at the head's input": (gradient, {"layer": "head", "at": "input"}),
+    "gradient at the head's input": (gradient, {"layer": Layer("head", at="input")}),
     "gradient at the head's output": (gradient, {"layer": "head"}),
     "grad_cam": (grad_cam, {"layer": "act"}),
 }

@@ -1,10 +1,9 @@
 """Explain PyTorch models by pure functions on `torch.func`."""
 
 from pullback._core.compiled import compiled
-from pullback._core.forward import activation
+from pullback._core.inspection import activation, layers
 from pullback._core.many.over_targets import over_targets
 from pullback._core.modules import params_of
-from pullback._core.shapes import layers
 from pullback._core.types import Layer, PullbackWarning, Target
 from pullback._torch.heap import keep_memory
 from pullback.attribution.attention import attention_relevance, attention_rollout, attention_weights

@@ -5,15 +5,12 @@ On a CPU a larger batch saves little, and one whose largest activation exceeds s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal, TypeAlias
+from collections.abc import Iterator
 
 import torch
 
+from pullback._core.types import ChunkSize, Progress
 from pullback._torch.internals import compiling
-
-ChunkSize: TypeAlias = "int | Literal['auto'] | None"  # how much goes together: None for all
-Progress: TypeAlias = "Callable[[int, int], object] | None"
 
 # bytes of the largest activation of the rows that go together, on a CPU and elsewhere: in forwards alone, and where a
 # graph keeps all activations

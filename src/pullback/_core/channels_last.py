@@ -9,16 +9,15 @@ The same forward tells the size of the largest activation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 from pullback._core.modules import is_scripted, named_layers
 from pullback._core.types import Params
+from pullback._ops.accounting import Account
 from pullback._torch.internals import compiling, readable
 
 MIN_FORWARDS = 48  # forwards that are worth a trial
@@ -49,19 +48,7 @@ def channels_last(params: Params, model: nn.Module) -> Params | None:
     return {**given, **laid}
 
 
-class _LargestOutput(TorchFunctionMode):
-    """Note the largest tensor, in bytes, that an operation gives."""
-
-    largest = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.largest = max(self.largest, result.numel() * result.element_size())
-        return result
-
-
-def tried(params: Params, model: nn.Module, forward: Callable[[Params], Tensor]) -> tuple[Params, int]:
+def tried(params: Params, model: nn.Module, forward: Callable[[Params, Account | None], Tensor]) -> tuple[Params, int]:
     """Give the parameters in the layout to go on with, and the bytes of the largest activation of a forward.
 
     Costs that forward and another one, or nothing, and 0 bytes, where there is no layout to try.
@@ -70,12 +57,12 @@ def tried(params: Params, model: nn.Module, forward: Callable[[Params], Tensor])
     if laid is None:
         return params, 0
     with torch.no_grad():
-        with _LargestOutput() as sizes:
-            own = forward(params)
+        account = Account()
+        own = forward(params, account)
         try:
-            other = forward(laid)
+            other = forward(laid, None)
         except Exception:  # whatever a model does not take it keeps its own layout for
-            return params, sizes.largest
+            return params, account.largest
     close = 1e-4 if own.dtype in (torch.float32, torch.float64) else 3e-2
     alike = own.shape == other.shape and bool((own - other).abs().max() <= close * own.abs().max().clamp(min=1e-6))
-    return (laid if alike else params), sizes.largest
+    return (laid if alike else params), account.largest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,50 +43,6 @@ def repeated(value: Any, copies: int, batch: int) -> Any:
     if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
         return value.repeat(copies, *[1] * (value.ndim - 1))
     return value
-
-
-# -- inputs
-
-
-class InputTree:
-    """The floating-point tensors of `x`, apart from the rest, and the way back to the structure of `x`."""
-
-    def __init__(self, x: Inputs) -> None:
-        self.x = x
-        if isinstance(x, Tensor):
-            items: list[tuple[Any, Any]] = [(None, x)]
-        elif isinstance(x, Mapping):
-            items = list(x.items())
-        elif isinstance(x, tuple):
-            items = list(enumerate(x))
-        else:
-            raise TypeError(
-                f"`x` must be a tensor, a tuple of tensors or a dict of tensors, got {type(x).__name__}."
-                + (" Make it a tuple." if isinstance(x, list) else "")
-            )
-        for key, value in items:
-            if value is not None and not isinstance(value, Tensor):
-                where = "" if key is None else f" at {key!r}"
-                raise TypeError(f"`x` must hold tensors, got {type(value).__name__}{where}.")
-        self.items = items
-        self.floating = [k for k, v in items if v is not None and (v.is_floating_point() or v.is_complex())]
-
-    @property
-    def batch(self) -> int:
-        """The number of examples: the length of the first axis of the first tensor."""
-        return next(v.shape[0] for _, v in self.items if v is not None)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(v for k, v in self.items if k in self.floating)
-
-    def rebuild(self, tensors: Sequence[Tensor], others: Callable[[Any], Any]) -> Any:
-        """Put `tensors` in the places of the floating-point ones, and `others(value)` in the rest."""
-        if isinstance(self.x, Tensor):
-            return tensors[0] if self.floating else others(self.x)
-        new = dict(zip(self.floating, tensors, strict=True))
-        values = {k: new[k] if k in new else others(v) for k, v in self.items}
-        return tuple(values.values()) if isinstance(self.x, tuple) else values
 
 
 def picked(value: Any, indices: Tensor, batch: int) -> Any:

@@ -1,82 +1,52 @@
-"""Read and edit what layers put out (or take in) during one call.
-
-A `Site` names where: a layer, its output or input, which tensor of a tuple, which call of a layer that is called
-several times. `attach` wraps the copy of the layer in a shell; `edit(site, call, tensor)` then sees each activation and
-gives what the model goes on with.
-"""
+"""Read and edit what layers return (or receive) during one call of a model copy."""
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pullback._core.module_copy import ModuleCopy
 from pullback._core.modules import is_scripted, nearest, set_plainly
+from pullback._core.types import Layer
 
-_SPEC = re.compile(r"^(?P<name>[^:#]*)(?::(?P<part>[^#]+))?(?:#(?P<call>\d+))?$")
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in a model: ``"name"``, ``"name:1"`` (second tensor of a tuple), ``"name#0"`` (first call only)."""
-
-    name: str
-    at: str = "output"
-    part: int | str | None = None
-    call: int | None = None
-
-    @staticmethod
-    def parse(layer: str, at: str = "output") -> Site:
-        if not isinstance(layer, str):
-            raise TypeError(f"`layer` must be a dotted module name, got {type(layer).__name__}.")
-        if at not in ("output", "input"):
-            raise ValueError(f"`at` must be 'output' or 'input', got {at!r}.")
-        match = _SPEC.match(layer)
-        if match is None:
-            raise ValueError(f"`layer` must read 'name', 'name:part' or 'name#call', got {layer!r}.")
-        part, call = match["part"], match["call"]
-        return Site(
-            match["name"],
-            at,
-            int(part) if part is not None and part.lstrip("-").isdigit() else part,
-            None if call is None else int(call),
-        )
-
-    def __str__(self) -> str:
-        part = "" if self.part is None else f":{self.part}"
-        call = "" if self.call is None else f"#{self.call}"
-        return f"{self.name}{part}{call}"
+Edit: TypeAlias = "Callable[[Layer, int, Tensor], Tensor]"  # from layer, number of the call, activation
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a probe saw of one call of a layer. `through`: an edit must be written into the layer's own input tensor."""
+    """The shape of a layer's activation in one call of it.
+
+    `aliases_input`: the layer works in place, or its result is written to later, so that an edit must be written into
+    the layer's own input tensor.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
-    through: bool = False
+    aliases_input: bool = False
 
 
-def find_part(value: Any, site: Site) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Give the tensor that `site` means in what a layer returned, and how to put another in its place."""
+LayerShapes: TypeAlias = "Mapping[Layer, Sequence[LayerShape]]"
+
+
+def find_part(value: Any, layer: Layer) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Find the tensor that `layer` means in what a module returned; return it, and how to put another in its place."""
     if isinstance(value, Tensor):
-        if site.part not in (None, 0):
-            raise ValueError(f"`layer` asks for part {site.part!r} of `{site.name}`, which gives a single tensor.")
+        if layer.part not in (None, 0):
+            raise ValueError(f"`layer` asks for part {layer.part!r} of `{layer.name}`, which gives a single tensor.")
         return value, lambda new: new
     if isinstance(value, Mapping):
         keys = [k for k, v in value.items() if isinstance(v, Tensor)]
-        if isinstance(site.part, int) and site.part < len(keys):
-            key = keys[site.part]
+        if isinstance(layer.part, int) and layer.part < len(keys):
+            key = keys[layer.part]
         else:
-            key = keys[0] if site.part is None and keys else site.part
+            key = keys[0] if layer.part is None and keys else layer.part
         if key not in keys:
-            raise ValueError(f"`layer` asks for part {site.part!r} of `{site.name}`; it gives {keys}.")
+            raise ValueError(f"`layer` asks for part {layer.part!r} of `{layer.name}`; it gives {keys}.")
 
         def put(new: Tensor) -> Any:
             if type(value) is dict:
@@ -87,10 +57,10 @@ def find_part(value: Any, site: Site) -> tuple[Tensor, Callable[[Tensor], Any]]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         places = [i for i, v in enumerate(value) if isinstance(v, Tensor)]
         nested = [i for i, v in enumerate(value) if isinstance(v, list | tuple)]
-        index = places[0] if site.part is None and places else site.part
+        index = places[0] if layer.part is None and places else layer.part
         if not isinstance(index, int) or index not in places + nested:
-            raise ValueError(f"`layer` asks for part {site.part!r} of `{site.name}`; it has tensors at {places}.")
-        inner, put_inner = find_part(value[index], replace(site, part=None))
+            raise ValueError(f"`layer` asks for part {layer.part!r} of `{layer.name}`; it has tensors at {places}.")
+        inner, put_inner = find_part(value[index], replace(layer, part=None))
 
         def put_item(new: Tensor) -> Any:
             items = [*value[:index], put_inner(new), *value[index + 1 :]]
@@ -99,103 +69,102 @@ def find_part(value: Any, site: Site) -> tuple[Tensor, Callable[[Tensor], Any]]:
             return type(value)(items)  # pyright: ignore[reportCallIssue]
 
         return inner, put_item
-    raise ValueError(f"`layer` names `{site.name}`, which gives {type(value).__name__}, not a tensor.")
-
-
-Edit = Callable[[Site, int, Tensor], Tensor]
+    raise ValueError(f"`layer` names `{layer.name}`, which gives {type(value).__name__}, not a tensor.")
 
 
 class attach:
-    """Hook `edit` to the layers of `sites` in a shell. `calls` counts the calls of each site.
+    """Hook `edit` to the copies of `layers`. `calls` counts the calls of each layer.
 
-    `edit` runs outside of the rules: it must use operations that the mode of `pullback._ops` lets pass.
+    `edit` runs outside of the rules: it must use aten overloads, which no table of rules names.
     """
 
-    def __init__(
-        self, model_copy: ModuleCopy, sites: Sequence[Site], edit: Edit, seen: Mapping[Site, Sequence[LayerShape]]
-    ) -> None:
-        self.calls = dict.fromkeys(sites, 0)
-        self.edit, self.seen = edit, seen
+    def __init__(self, model_copy: ModuleCopy, layers: Sequence[Layer], edit: Edit, shapes: LayerShapes) -> None:
+        self.calls = dict.fromkeys(layers, 0)
+        self.edit, self.shapes = edit, shapes
         self.undo: list[Callable[[], None]] = []
-        for site in sites:
-            after = None if site.at == "input" else self._after
-            before = self._before if site.at == "input" else self._before_in_place
-            self.undo.append(around(layer_of(model_copy, site), site, before, after))
+        for layer in layers:
+            after = None if layer.at == "input" else self._after
+            before = self._before if layer.at == "input" else self._before_in_place
+            self.undo.append(around(find_module(model_copy, layer), layer, before, after))
 
     def detach(self) -> None:
         for undo in self.undo:
             undo()
 
-    def _edited(self, site: Site, tensor: Tensor) -> Tensor:
-        call = self.calls[site]
-        self.calls[site] = call + 1
-        return self.edit(site, call, tensor)
+    def _edited(self, layer: Layer, tensor: Tensor) -> Tensor:
+        call = self.calls[layer]
+        self.calls[layer] = call + 1
+        return self.edit(layer, call, tensor)
 
-    def _through(self, site: Site) -> bool:
-        seen = self.seen.get(site, ())
-        return self.calls[site] < len(seen) and seen[self.calls[site]].through
+    def _aliases_input(self, layer: Layer) -> bool:
+        shapes = self.shapes.get(layer, ())
+        return self.calls[layer] < len(shapes) and shapes[self.calls[layer]].aliases_input
 
-    def _before(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Edit what enters the layer; into the tensor itself where the layer writes to it, for whoever shares it."""
-        through = self._through(site)
+    def _before(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Edit what the layer receives. Where the layer writes to it, edit the tensor itself, which others share."""
+        aliases_input = self._aliases_input(layer)
         if args:
-            tensor, put = find_part(args, site)
+            tensor, put = find_part(args, layer)
         else:
-            tensor, put = find_part(kwargs, site)
-        if through:
-            tensor.copy_(self._edited(site, tensor.clone()))
+            tensor, put = find_part(kwargs, layer)
+        if aliases_input:
+            tensor.copy_(self._edited(layer, tensor.clone()))
             return args, kwargs
-        edited = put(self._edited(site, tensor))
+        edited = put(self._edited(layer, tensor))
         return (edited, kwargs) if args else (args, edited)
 
-    def _before_in_place(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let a layer that works in place work on a copy; `_after` writes the edited result to the original."""
-        if not self._through(site):
+    def _before_in_place(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let a layer that works in place work on a clone; `_after` writes the edited result to the original."""
+        if not self._aliases_input(layer):
             return args, kwargs
-        tensor, put = find_part(args, replace(site, part=None))
+        tensor, put = find_part(args, replace(layer, part=None))
         return put(tensor.clone()), kwargs
 
-    def _after(self, site: Site, args: tuple[Any, ...], result: Any) -> Any:
-        through = self._through(site)
-        tensor, put = find_part(result, site)
-        edited = self._edited(site, tensor)
-        if not through:
+    def _after(self, layer: Layer, args: tuple[Any, ...], result: Any) -> Any:
+        aliases_input = self._aliases_input(layer)
+        tensor, put = find_part(result, layer)
+        edited = self._edited(layer, tensor)
+        if not aliases_input:
             return put(edited)
-        original, _ = find_part(args, replace(site, part=None))
+        original, _ = find_part(args, replace(layer, part=None))
         return put(original.copy_(edited))
 
 
 def around(
-    layer: nn.Module, site: Site, before: Callable[..., Any], after: Callable[..., Any] | None
+    module: nn.Module, layer: Layer, before: Callable[..., Any], after: Callable[..., Any] | None
 ) -> Callable[[], None]:
-    """Run `before(site, args, kwargs)` and `after(site, args, result)` around a layer's call, its hooks inside."""
-    call = layer.forward
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        twin = object.__new__(type(layer))
-        twin.__dict__.update(layer.__dict__)
-        layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
+    """Run `before(layer, args, kwargs)` and `after(layer, args, result)` around a module's call and its hooks.
+
+    Returns what undoes it.
+    """
+    call = module.forward
+    if module._forward_hooks or module._forward_pre_hooks:
+        twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__)
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
         call = twin
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        args_, kwargs_ = before(site, args, kwargs)
+        args_, kwargs_ = before(layer, args, kwargs)
         result = call(*args_, **kwargs_)
-        return result if after is None else after(site, args, result)
+        return result if after is None else after(layer, args, result)
 
     def undo() -> None:
-        set_plainly(layer, "forward", call)
+        set_plainly(module, "forward", call)
 
-    set_plainly(layer, "forward", forward)
+    set_plainly(module, "forward", forward)
     return undo
 
 
-def layer_of(model_copy: ModuleCopy, site: Site) -> nn.Module:
-    layer = model_copy.of(site.name)
-    if layer is None:
-        near = nearest(site.name, [name for name, _ in model_copy.layers() if name])
-        raise ValueError(f"No layer `{site.name}` in the model. {near}")
-    if is_scripted(layer):
+def find_module(model_copy: ModuleCopy, layer: Layer) -> nn.Module:
+    """Return the copy of the module that a layer names."""
+    module = model_copy.submodule(layer.name)
+    if module is None:
+        near = nearest(layer.name, [name for name, _ in model_copy.named_modules() if name])
+        raise ValueError(f"No layer `{layer.name}` in the model. {near}")
+    if is_scripted(module):
         raise TypeError(
-            f"`layer` names `{site.name}`, a scripted module, whose inside cannot be reached. "
+            f"`layer` names `{layer.name}`, a scripted module, whose inside cannot be reached. "
             "Explain the module before `torch.jit.script`."
         )
-    return layer
+    return module

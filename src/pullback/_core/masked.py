@@ -1,37 +1,39 @@
-"""Score a model whose input, or the activation of a layer, is covered in many ways.
+"""Score a model whose input, or the activation of a layer, is perturbed in many ways.
 
-A perturbation method gives `cover(part, values)`, which sees copies of what is covered, ``[copy batch ...]``, and gives
-what the model runs on instead. `MaskedModel` holds the rest: where that is, the target, and what the output is turned into
-before it is scored. Target and parameters are never looked at, so that a forward on copies is shared by all targets.
+A perturbation method gives a function ``perturb(part, values)`` that sees copies of what is perturbed,
+``[copy batch ...]``, and returns what the model runs on instead. `MaskedModel` holds the rest. Target and parameters are
+never read, so that all targets share a forward on copies.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from pullback._core.batching import ACTIVATION_PER_INPUT, ChunkSize, chunks, rows_together
+from pullback._core.batching import ACTIVATION_PER_INPUT, chunks, rows_together
+from pullback._core.call import Call, InputTree
 from pullback._core.channels_last import MIN_FORWARDS, constant, tried
-from pullback._core.forward import run
-from pullback._core.inputs import InputTree, folded, picked, picked_inputs, repeated, unfolded
-from pullback._core.layers import Site
+from pullback._core.inputs import folded, picked, picked_inputs, repeated, unfolded
+from pullback._core.layers import LayerShape
 from pullback._core.shapes import layer_shapes
 from pullback._core.targets import score
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Target
 
-Perturb: TypeAlias = Callable[[int, Tensor], Tensor]
+Perturb: TypeAlias = "Callable[[int, Tensor], Tensor]"
 Link: TypeAlias = "str | Callable[[Tensor], Tensor] | None"
 
 
 class MaskedModel:
-    """A model, its input and a target, with the places that are covered.
+    """A call, a target, and what of the call is perturbed: the tensors of `x`, or the activation of a layer.
 
-    `shapes`: of the tensors that are covered, ``[batch ...]``: the floating-point ones of `x`, or the layer's
-    activation.
+    Attributes:
+        shapes: Of what is perturbed, ``[batch ...]`` each.
+        link: What the output is turned into before it is scored.
     """
 
     def __init__(
@@ -41,113 +43,106 @@ class MaskedModel:
         x: Inputs,
         target: Target,
         *,
-        layer: str = "",
-        at: str = "output",
-        output: Select = None,
-        strict: bool = False,
+        layer: str | Layer = "",
+        output: Output = None,
         link: Link = None,
     ) -> None:
-        self.params, self.model, self.x = params, model, x
-        # made a tensor before any transform of the method's own: its range can then be checked
+        self.call = call = Call.bind(params, model, x, layer, None, output)
+        # a tensor before any transform of the method's own: its range can then be checked
         self.target: Target = torch.as_tensor(target) if type(target) in (int, list) else target
         self._targets: dict[int, Target] = {}
-        self.output, self.strict, self.link = output, strict, link
-        self.tree = InputTree(x)
-        self.batch = self.tree.batch
-        self.site = Site.parse(layer, at)
-        self.seen: Any = ()
-        if self.site.name:
-            if not isinstance(model, nn.Module):
-                raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
-            self.seen = layer_shapes(params, model, x, self.site)
-            calls = range(len(self.seen)) if self.site.call is None else [self.site.call]
-            found = {self.seen[call].shape: self.seen[call].dtype for call in calls if call < len(self.seen)}
-            if len(found) != 1:
-                raise ValueError(
-                    f"`layer` names `{self.site}`, called {len(self.seen)} times with activations of "
-                    f"{len(found)} shapes: choose a call, as in `{self.site.name}#0`."
-                )
-            self.shapes = list(found)
-            self.dtype = next(iter(found.values()))
-        else:
-            if not self.tree.floating:
+        self.link = link
+        self.batch, self.device = call.x.batch, call.x.device
+        self.layer_shapes: tuple[LayerShape, ...] = ()
+        if call.layer is None:
+            if not call.x.floating:
                 raise TypeError(
                     "`x` holds no floating-point tensor to cover. Name a `layer`, such as the embedding, or cast `x`."
                 )
-            self.shapes = [t.shape for t in self.tree.tensors]
-            self.dtype = self.tree.tensors[0].dtype
-        self.device = next(t for _, t in self.tree.items if t is not None).device
+            self.shapes = [t.shape for t in call.x.tensors]
+            self.dtype = call.x.tensors[0].dtype
+            return
+        if not isinstance(model, nn.Module):
+            raise ValueError("`layer` needs a torch.nn.Module, got a function as `model`: it has no named layers.")
+        self.layer_shapes = layer_shapes(params, model, call.x.x, call.layer)
+        calls = range(len(self.layer_shapes)) if call.layer.call is None else [call.layer.call]
+        found = {s.shape: s.dtype for i, s in enumerate(self.layer_shapes) if i in calls}
+        if len(found) != 1:
+            raise ValueError(
+                f"`layer` names `{call.layer}`, called {len(self.layer_shapes)} times with activations of "
+                f"{len(found)} shapes: choose a call, as in `{call.layer.name}#0`."
+            )
+        self.shapes = list(found)
+        self.dtype = next(iter(found.values()))
 
     @property
     def covered(self) -> Tensor:
-        """The one tensor of `x` that is covered."""
-        return self.tree.tensors[0]
+        """The first tensor of `x` that is perturbed."""
+        return self.call.x.tensors[0]
+
+    def like(self, tensors: Sequence[Tensor]) -> Any:
+        """Give one tensor for each that is perturbed the structure of `x`, or of the layer's activation."""
+        return tensors[0] if self.call.layer is not None else self.call.like(tensors)
 
     def of_rows(self, rows: range) -> MaskedModel:
-        """Give the scene of some rows of the batch, copies of which follow one another."""
+        """Return the same for some rows of copies of the batch that follow one another."""
         if len(rows) == self.batch and rows.start % self.batch == 0:
             return self
         index = torch.arange(rows.start, rows.stop, device=self.device) % self.batch
-        x, target = picked_inputs(self.x, index, self.batch), picked(self.target, index, self.batch)
-        how: dict[str, Any] = {"output": self.output, "strict": self.strict, "link": self.link}
-        return MaskedModel(self.params, self.model, x, target, layer=str(self.site), at=self.site.at, **how)
+        call, target = self.call, picked(self.target, index, self.batch)
+        x = picked_inputs(call.x.x, index, self.batch)
+        how: dict[str, Any] = {"layer": call.layer or "", "output": call.output, "link": self.link}
+        return MaskedModel(call.params, call.model, x, target, **how)
 
-    def parts(self, count: int, size: ChunkSize, *, rows: int | None = None, times: int = 1) -> Iterator[range]:
-        """Cut what is to be run, `count` copies of the batch, or of so many `rows`, each so many `times`.
+    def parts(self, count: int, size: ChunkSize, *, rows: int | None = None, repeats: int = 1) -> Iterator[range]:
+        """Cut `count` copies of the batch, or of as many `rows`, into parts that run together.
 
-        ``"auto"`` takes as many together as run fastest. Before many forwards weights are laid out for them.
+        ``"auto"`` takes as many together as run fastest. Where each copy runs `repeats` times, that counts as well.
+        Before many forwards the weights are laid out for them.
         """
         rows = self.batch if rows is None else rows
         size_of_number = torch.empty((), dtype=self.dtype).element_size()
         largest = ACTIVATION_PER_INPUT * size_of_number * sum(math.prod(shape[1:]) for shape in self.shapes)
-        if count * rows * times >= MIN_FORWARDS:
-            largest = self._settled() or largest
+        if count * rows * repeats >= MIN_FORWARDS:
+            largest = self._lay_out() or largest
         return chunks(count, max(1, rows_together(largest, self.device) // max(1, rows)) if size == "auto" else size)
 
-    def _settled(self) -> int:
-        """Choose the layout of the weights, and give the bytes of a row's largest activation, where it is known."""
-        model = self.model
-        if not isinstance(model, nn.Module) or self.device.type != "cpu":
+    def _lay_out(self) -> int:
+        """Choose the layout of the weights; return the bytes of a row's largest activation, or 0 where not known."""
+        call = self.call
+        if not isinstance(call.model, nn.Module) or self.device.type != "cpu":
             return 0
         held = [
-            t for part in (self.params if isinstance(self.params, tuple) else (self.params,)) for t in part.values()
+            t for part in (call.params if isinstance(call.params, tuple) else (call.params,)) for t in part.values()
         ]
-        if not constant(*held, *(t for _, t in self.tree.items if t is not None)):
+        if not constant(*held, *(t for _, t in call.x.items if t is not None)):
             return 0
-        two = picked_inputs(self.x, torch.tensor([0, self.batch - 1]), self.batch)
-        self.params, largest = tried(self.params, model, lambda params: run(params, model, two, output=self.output))
+        two = InputTree(picked_inputs(call.x.x, torch.tensor([0, self.batch - 1]), self.batch))
+        plain = replace(call, x=two, layer=None)
+        params, largest = tried(
+            call.params, call.model, lambda params, account: replace(plain, params=params).forward(account=account)
+        )
+        self.call = replace(call, params=params)
         return largest // 2
 
-    def outputs(self, copies: int, cover: Perturb) -> Tensor:
-        """Run the model on covered copies: ``[(copy batch) *output]``."""
+    def outputs(self, copies: int, perturb: Perturb) -> Tensor:
+        """Run the model on perturbed copies: ``[(copy batch) *output]``."""
+        call = self.call
 
         def others(value: Any) -> Any:
             return repeated(value, copies, self.batch)
 
-        if not self.site.name:
-            tensors = [
-                folded(cover(part, t.unsqueeze(0).expand(copies, *t.shape))) for part, t in enumerate(self.tree.tensors)
-            ]
-            x = self.tree.rebuild(tensors, others)
-            return self._linked(run(self.params, self.model, x, output=self.output, strict=self.strict))
+        if call.layer is None:
+            points = [perturb(i, t.unsqueeze(0).expand(copies, *t.shape)) for i, t in enumerate(call.x.tensors)]
+            return self._linked(call.at(points).forward())
 
-        def edit(site: Site, call: int, activation: Tensor) -> Tensor:
-            if site.call not in (None, call):
+        def edit(layer: Layer, number: int, activation: Tensor) -> Tensor:
+            if layer.call not in (None, number):
                 return activation
-            return folded(cover(0, unfolded(activation, copies)).to(activation.dtype))
+            return folded(perturb(0, unfolded(activation, copies)).to(activation.dtype))
 
-        x = self.tree.rebuild([others(t) for t in self.tree.tensors], others)
-        result = run(
-            self.params,
-            self.model,
-            x,
-            output=self.output,
-            strict=self.strict,
-            sites=(self.site,),
-            edit=edit,
-            seen={self.site: self.seen},
-        )
-        return self._linked(result)
+        x = InputTree(call.x.rebuild([others(t) for t in call.x.tensors], others))
+        return self._linked(replace(call, x=x).forward(edit, {call.layer: self.layer_shapes}))
 
     def _linked(self, output: Tensor) -> Tensor:
         if self.link is None or (callable(self.target) and isinstance(self.link, str)):
@@ -161,14 +156,14 @@ class MaskedModel:
         raise ValueError(f"`link` must be 'softmax', 'sigmoid', a function or None, got {self.link!r}.")
 
     def targets(self, copies: int) -> Target:
-        """Repeat the target. Kept, so that what is repeated before a transform of the method's own can be checked."""
+        """Repeat the target, once for each number of copies: before a transform of the method's own it can be checked."""
         if copies not in self._targets:
             self._targets[copies] = repeated(self.target, copies, self.batch)
         return self._targets[copies]
 
-    def scores(self, copies: int, cover: Perturb) -> Tensor:
-        """Give ``[copy batch]``."""
-        return unfolded(score(self.outputs(copies, cover), self.targets(copies)), copies)
+    def scores(self, copies: int, perturb: Perturb) -> Tensor:
+        """Return the scores of perturbed copies, ``[copy batch]``."""
+        return unfolded(score(self.outputs(copies, perturb), self.targets(copies)), copies)
 
 
 class MaskAxes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pullback._core.modules import _PLAIN_HOMES, is_scripted, named_layers, nearest, set_plainly, submodule, unwrapped
+from pullback._core.modules import (
+    PARALLEL,
+    PLAIN_HOMES,
+    is_scripted,
+    named_layers,
+    nearest,
+    set_plainly,
+    submodule,
+    unwrapped,
+)
 from pullback._core.types import Params
 
 _OWN = nn.Identity().__dict__
@@ -47,6 +56,18 @@ STATE_NUMEL = 2**16  # numbers in a buffer, up to which it is copied for a run
 _ATOMS = frozenset((bool, int, float, str, type(None), Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size))
 
 
+# layers of torch's own that call no operation that a run without rules replaces, but for batch norm, which is known
+DIRECT = frozenset(
+    (
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+        *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish),
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+        *(nn.LayerNorm, nn.GroupNorm, nn.Flatten),
+        *(getattr(nn, name) for name in nn.modules.padding.__all__),
+    )
+)
+
+
 class ModuleCopy:
     """A structural copy of `model`, and the means to install parameters in it.
 
@@ -55,8 +76,7 @@ class ModuleCopy:
     """
 
     def __init__(self, model: nn.Module, backward_hooks: bool = False) -> None:
-        inner = unwrapped(model)
-        self._model = weakref.ref(inner)  # a shell that is kept does not keep the model, whose modules' ids are keys
+        self._model = weakref.ref(model)  # a copy that is kept does not keep the model alive
         self._keeps_backward_hooks = backward_hooks
         self._copies: dict[int, nn.Module] = {}
         self._paths: dict[str, nn.Module] = {}
@@ -65,9 +85,10 @@ class ModuleCopy:
         self._flat: list[nn.Module] = []  # layers that keep a list of their weights
         self._closures: dict[int, types.FunctionType] = {}
         self._holders: list[tuple[nn.Module, nn.Module]] = []  # that may hold modules elsewhere, with their copies
-        self.unheard: list[str] = []
+        self.direct: list[nn.Module] = []
+        self.ignored_hooks: list[str] = []
         self.has_scripted = False
-        self.root = self._copy(inner, "")
+        self.root = self._copy(model, "")
         while self._holders:
             self._rebind(*self._holders.pop())
         self._closures.clear()
@@ -77,9 +98,9 @@ class ModuleCopy:
     def model(self) -> nn.Module:
         model = self._model()
         assert model is not None  # its caller holds it
-        return model
+        return unwrapped(model)
 
-    def of(self, path: str) -> nn.Module | None:
+    def submodule(self, path: str) -> nn.Module | None:
         copy = self._paths.get(path)
         if copy is not None:
             return copy
@@ -88,24 +109,20 @@ class ModuleCopy:
             return original
         return self._copies.get(id(original))
 
-    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for name, original in named_layers(self.model):
             yield name, self._copies.get(id(original), original)  # the inside of a scripted module is not copied
-
-    def copies(self) -> Iterable[nn.Module]:
-        """Give every layer that is copied, also those that no name leads to."""
-        return self._copies.values()
 
     # -- copying
 
     def _copy(self, module: nn.Module, path: str | None = None) -> nn.Module:
-        plain = type(module).__module__ in _PLAIN_HOMES
-        if not plain:
+        plain = type(module).__module__ in PLAIN_HOMES
+        if not plain and (isinstance(module, PARALLEL) or "_orig_mod" in module._modules):
             module = unwrapped(module)
         key, kind = id(module), type(module)
         if key in self._copies:
             return self._copies[key]
-        if not plain and is_scripted(module):  # C++ inside: it can only be used as it is
+        if not plain and isinstance(module, torch.jit.ScriptModule):  # C++ inside: it can only be used as it is
             if any(m.training for m in module.modules()):
                 raise ValueError(
                     "`model` holds a scripted module in training mode, which cannot be switched in a copy. "
@@ -123,11 +140,13 @@ class ModuleCopy:
         hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
         if hooked or not plain or "forward" in attributes:
             self._holders.append((module, copy))
+        if kind in DIRECT and not hooked and "forward" not in attributes:  # hooks may set what a layer reads
+            self.direct.append(copy)
         for name in _HOOKS:
             attributes[name] = hooks.copy() if hooked and (hooks := attributes.get(name)) else OrderedDict()
         for name in _BACKWARD_HOOKS:
             if attributes.get(name) and not self._keeps_backward_hooks:
-                self.unheard.append(path or kind.__name__)
+                self.ignored_hooks.append(path or kind.__name__)
                 attributes[name] = OrderedDict()
         if attributes.get("_compiled_call_impl") is not None:  # set by `module.compile()`
             attributes["_compiled_call_impl"] = None
@@ -292,7 +311,7 @@ class ModuleCopy:
 
     def _slot(self, name: str, tensor: Tensor) -> tuple[dict[str, Any], str] | None:
         path, _, leaf = name.rpartition(".")
-        copy = self.of(path)
+        copy = self.submodule(path)
         if copy is not None and is_scripted(copy):
             own = dict(copy.named_parameters()) | dict(copy.named_buffers())
             if leaf in own and own[leaf].data_ptr() == tensor.data_ptr():

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-_PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
+PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 set_plainly = object.__setattr__  # a module's own looks for parameters and modules first
 
 
 # modules of these are no wrappers, and what they hold beside parameters and modules takes no part in their forward
-_PLAIN_HOMES = frozenset(
+PLAIN_HOMES = frozenset(
     f"torch.nn.modules.{name}"
     for name in ("activation", "batchnorm", "conv", "dropout", "linear", "normalization", "padding", "pooling")
 )
@@ -25,8 +25,8 @@ def is_scripted(module: nn.Module) -> bool:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Give the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
-    while type(module).__module__ not in _PLAIN_HOMES:
-        if isinstance(module, _PARALLEL):
+    while type(module).__module__ not in PLAIN_HOMES:
+        if isinstance(module, PARALLEL):
             module = module.module
         elif type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
             module = module._modules["_orig_mod"]  # pyright: ignore[reportAssignmentType]

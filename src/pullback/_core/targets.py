@@ -31,7 +31,8 @@ def cotangent(output: Tensor, target: Target) -> Tensor:
         _checked_scores(output.reshape(output.shape[:1]) if output.shape[1:] == (1,) else output, output, given=False)
         return torch.ones_like(output)
     if type(target) is int and output.ndim > 1:  # what follows does the same, in more operations
-        check_range(target, output.shape[1])
+        if not 0 <= target < output.shape[1]:
+            raise ValueError(f"`target` must lie in 0 ... {output.shape[1] - 1}, got {target}.")
         hot = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
         hot.select(1, target).fill_(1)
         return hot
@@ -121,3 +122,12 @@ def _one_hot(index: Tensor, output: Tensor) -> Tensor:
         return hot.reshape(*hot.shape, *rest)
     hot = torch.where((index < 0) | (index >= classes), torch.full_like(hot, float("nan")), hot)
     return hot.reshape(*hot.shape, *rest)
+
+
+def poisoned(gradient: Tensor, cotangent: Tensor) -> Tensor:
+    """Keep the NaN of an index that is no class: a rectifier that is off would drop it, and leave zeros."""
+    bad = (cotangent - cotangent).to(gradient.dtype)
+    bad = bad.reshape(bad.shape[0], -1).sum(1) if bad.ndim else bad
+    if gradient.ndim and gradient.shape[:1] == bad.shape:
+        return gradient + bad.reshape(-1, *[1] * (gradient.ndim - 1))
+    return gradient + bad.sum()

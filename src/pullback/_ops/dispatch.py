@@ -1,11 +1,9 @@
-"""Trade torch operations for others while a function runs.
+"""Run other operations in place of torch's while a function runs.
 
-A `torch.overrides.TorchFunctionMode` sees every call of a torch function that Python makes, whatever its spelling
-(`nn.ReLU`, `F.relu`, `torch.relu`, `x.relu()`, `x.relu_()`, a name bound before). It is local to the thread and to the
-``with`` block, so nothing global is patched. What runs inside one C++ call (a scripted module, a fused kernel) and
-inside a foreign `autograd.Function` is out of its sight.
-
-`canonical` brings the spellings of one operation together: it is the key of every table of rules.
+A `torch.overrides.TorchFunctionMode` sees every torch function that Python calls, whatever its spelling (`nn.ReLU`,
+`F.relu`, `torch.relu`, `x.relu()`, `x.relu_()`, a name bound before). It is local to the thread and to the ``with``
+block, so nothing global is patched. It does not see what runs inside one C++ call (a scripted module, a fused kernel)
+or inside an `autograd.Function`.
 """
 
 from __future__ import annotations
@@ -16,17 +14,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pullback._ops.accounting import Account
 from pullback._ops.replacements import REPLACEMENTS
 from pullback._ops.spellings import SPELLINGS, Operation, Spelling, canonical
 
-MAX_BOTTLENECKS = 16  # operations that are looked at for a waist, from the last large one on
 Rule = Callable[..., Any]
 
-SAVED_TENSORS = "kept"  # in a run's memo: tensors that its graph keeps with their versions, where a rule may note them
+SAVED_TENSORS = "saved tensors"  # key of a run's memo: tensors that its graph keeps, each with its version
 
 
 def _matches(layer: str, pattern: str) -> bool:
@@ -38,19 +35,20 @@ _matches._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberA
 
 @dataclass
 class Table:
-    """Rules by operation, and by layer name pattern and operation; the more specific key wins, then the later.
+    """Rules by operation, and by layer name pattern and operation. The more specific key wins, then the later one.
 
-    `must_cover` names the operations that must have a rule: one without is told. A rule returns `NotImplemented` for a use of
-    its operation that it does not cover; torch's own operation then runs.
+    A rule returns `NotImplemented` for a use of its operation that it does not cover; torch's own operation then runs.
+
+    Attributes:
+        must_cover: Operations that need a rule. The caller is warned of one that runs without.
+        on_operation: Sees every operation: ``on_operation(memo, function, args, kwargs, result)``.
     """
 
     rules: dict[Operation, Rule] = field(default_factory=dict)
     by_layer: list[tuple[str, Operation | None, Rule]] = field(default_factory=list)
     must_cover: frozenset[Operation] = frozenset()
     name: str = "the rules"
-    on_operation: Callable[..., None] | None = (
-        None  # sees every operation: on_operation(memo, function, args, kwargs, result)
-    )
+    on_operation: Callable[..., None] | None = None
 
     @staticmethod
     def of(mapping: Mapping[Any, Rule], must_cover: Iterable[Operation] = (), name: str = "the rules") -> Table:
@@ -74,117 +72,96 @@ class Table:
         return self.rules.get(operation)
 
 
-_WEIGHTED = frozenset((F.linear, F.conv1d, F.conv2d, F.conv3d))
-
-
 class OperationMode(TorchFunctionMode):
-    """Run torch operations by the rules of a table, and what torch gets wrong by `pullback._native`.
+    """Run the operations that torch gets wrong in the form of `REPLACEMENTS`, and all others as they are."""
 
-    `layer` (a function that names the layer being run) is needed where the table has rules by layer or tells.
-    What was met without a rule is in `told`: operation name -> layer names.
-    """
+    account: Account | None = None
+    dropouts: dict[str, None] | None = None  # layers with dropout that asks for training mode, which is left out
+    layer = ""  # the name of the layer that is running, where it is followed
 
-    def __init__(self, table: Table | None = None) -> None:
-        super().__init__()
-        self.table = table
-        self.layers: list[str] = []  # the stack of layers being run, filled by the shell's hooks
-        self.uncovered: dict[str, dict[str, None]] = {}
-        self.dropouts: dict[str, None] = {}  # layers with dropout that asks for training mode, which is left out
-        self.memo: dict[str, Any] = {}  # what the rules keep for the length of this run
-        self.measures = False  # keep account of what operations put out
-        self.largest = 0  # in bytes
-        self.products = 0  # of inputs and weights, in linear layers and convolutions
-        self.linear: tuple[Tensor, Tensor, Tensor] | None = None  # input, weight and output of the last linear map
-        self.narrow = 0  # in bytes: what counts as small
-        self.beyond = 0  # the largest after the last that was not small
-        self.bottlenecks: list[Tensor] = []  # that last one, and the first few after it
-
-    def start_account(self, tensor: Tensor) -> None:
-        """Count what operations put out from here on, beginning with `tensor`."""
-        self.largest, self.products, self.beyond, self.bottlenecks = tensor.numel() * tensor.element_size(), 0, 0, []
-
-    def note_uncovered(self, operation: str) -> None:
-        self.uncovered.setdefault(operation, {})[self.layers[-1] if self.layers else ""] = None
-
-    def note_dropout(self) -> None:
-        self.dropouts[self.layers[-1] if self.layers else ""] = None
-
-    def overwritten(self) -> bool:
-        """Say whether the run wrote to what its graph keeps: there is no way back through it."""
-        return any(tensor._version != version for tensor, version in self.memo.get(SAVED_TENSORS, ()))
+    def __torch_function__(
+        self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        replacement = REPLACEMENTS.get(func)
+        result = (
+            func(*args, **(kwargs or {})) if replacement is None else replacement(self, func, *args, **kwargs or {})
+        )
+        if self.account is not None:
+            self.account.note(func, args, result)
+        return result
 
     def within(self) -> Any:
-        """Give the context in which a composite operation runs its parts, so that the rules see them."""
-        return nullcontext() if self.table is None else self
+        """The context in which a composite operation runs its parts, so that rules see them."""
+        return nullcontext()
+
+    def note_dropout(self) -> None:
+        self.dropouts = {**(self.dropouts or {}), self.layer: None}
+
+
+class RuleMode(OperationMode):
+    """Run operations by the rules of a table, and what no rule covers as `OperationMode` does.
+
+    Attributes:
+        layers: The stack of names of the layers that are running.
+        uncovered: Operations that ran without the rule that they need: name -> layer names.
+        memo: What the rules remember for the length of this run.
+    """
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self.table = table
+        self.layers: list[str] = []
+        self.uncovered: dict[str, dict[str, None]] = {}
+        self.memo: dict[str, Any] = {}
+
+    @property
+    def layer(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.layers[-1] if self.layers else ""
+
+    def within(self) -> Any:
+        return self
+
+    def overwritten(self) -> bool:
+        """Whether the run wrote to a tensor that its graph keeps: there is then no way back through it."""
+        return any(tensor._version != version for tensor, version in self.memo.get(SAVED_TENSORS, ()))
 
     def __torch_function__(
         self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.table is None and not self.measures and func not in REPLACEMENTS:  # the same, sooner
-            return func(*args, **kwargs)
-        if self.table is None or self.table.on_operation is None:
-            return self._run(func, args, kwargs)
-        result = self._run(func, args, kwargs)
-        self.table.on_operation(self.memo, func, args, kwargs, result)
+        result = self._by_rule(func, args, kwargs)
+        if result is NotImplemented:
+            result = super().__torch_function__(func, types, args, kwargs)
+        if self.table.on_operation is not None:
+            self.table.on_operation(self.memo, func, args, kwargs, result)
         return result
 
-    def _run(self, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        spelling = self._spelling(func)
-        if spelling is not None:
-            done = self._by_rule(spelling, func, args, kwargs)
-            if done is not NotImplemented:
-                return done
-        native = REPLACEMENTS.get(func)
-        result = func(*args, **kwargs) if native is None else native(self, func, *args, **kwargs)
-        if self.measures and isinstance(result, Tensor):
-            self.measure(func, args, result)
-        return result
-
-    def measure(self, func: Operation | None, args: tuple[Any, ...], result: Tensor) -> None:
-        """Keep account of what an operation puts out."""
-        size = result.numel() * result.element_size()
-        self.largest = max(self.largest, size)
-        if size > self.narrow:
-            self.bottlenecks, self.beyond = [result], 0
-        else:
-            self.beyond = max(self.beyond, size)
-            if len(self.bottlenecks) < MAX_BOTTLENECKS:
-                self.bottlenecks.append(result)
-        if func in _WEIGHTED and len(args) > 1:
-            self.products += result.numel() * (args[1].numel() // args[1].shape[0])
-            self.linear = (args[0], args[1], result) if func is F.linear else self.linear
-
-    def _spelling(self, func: Operation) -> Spelling | None:
-        """Give how `func` spells an operation that the table may have a rule for: torch's, or the caller's own one."""
-        if self.table is None:
-            return None
-        return SPELLINGS.get(func) or (Spelling(func) if func in self.table.rules else None)
-
-    def _by_rule(self, spelling: Spelling, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        table, operation = self.table, spelling.operation
-        assert table is not None
-        rule = table.find(self.layers[-1] if self.layers else "", operation)
-        if rule is None:
-            if operation in table.must_cover:
-                self.note_uncovered(spelling.name)
+    def _by_rule(self, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation by its rule, if there is one that covers this use; `NotImplemented` otherwise."""
+        spelling = SPELLINGS.get(func) or (Spelling(func) if func in self.table.rules else None)
+        if spelling is None:
             return NotImplemented
-        in_place = spelling.in_place(args, kwargs)
-        if spelling.flag is not None:
-            args = args[: spelling.flag] + args[spelling.flag + 1 :]
-        pure = {k: v for k, v in kwargs.items() if k not in ("inplace", "_stacklevel")}
-        if getattr(rule, "wants_memo", False):
-            pure["memo"] = self.memo
-        if getattr(rule, "writes", False):  # itself, where the operation does
-            pure["inplace"], in_place = in_place, False
-        first: Any = args[0] if args else kwargs.get("input")
-        if in_place:  # what the rule saves must outlive the write
-            args, pure = ((first.clone(), *args[1:]), pure) if args else (args, {**pure, "input": first.clone()})
-        result = rule(operation, *args, **pure)
-        if result is NotImplemented:  # the rule does not cover this use of the operation
-            if operation in table.must_cover:
-                self.note_uncovered(spelling.name)
-            return NotImplemented
-        if in_place:
-            return first.copy_(result)
+        rule = self.table.find(self.layer, spelling.operation)
+        result = NotImplemented if rule is None else _run_rule(rule, spelling, args, kwargs, self.memo)
+        if result is NotImplemented and spelling.operation in self.table.must_cover:
+            self.uncovered.setdefault(spelling.name, {})[self.layer] = None
         return result
+
+
+def _run_rule(
+    rule: Rule, spelling: Spelling, args: tuple[Any, ...], kwargs: dict[str, Any], memo: dict[str, Any]
+) -> Any:
+    """Call a rule with the pure form of an operation, and write the result back where the spelling is in place."""
+    in_place = spelling.in_place(args, kwargs)
+    if spelling.flag is not None:
+        args = args[: spelling.flag] + args[spelling.flag + 1 :]
+    pure = {k: v for k, v in kwargs.items() if k not in ("inplace", "_stacklevel")}
+    if getattr(rule, "wants_memo", False):
+        pure["memo"] = memo
+    if getattr(rule, "writes", False):  # the rule itself writes, where the operation does
+        pure["inplace"], in_place = in_place, False
+    first: Tensor = args[0] if args else kwargs["input"] if in_place else None
+    if in_place:  # what the rule saves must outlive the write
+        args, pure = ((first.clone(), *args[1:]), pure) if args else (args, {**pure, "input": first.clone()})
+    result = rule(spelling.operation, *args, **pure)
+    return first.copy_(result) if in_place and result is not NotImplemented else result

@@ -8,19 +8,18 @@ of `softmax` whose result has as many queries as keys, the same number in all la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.func import vjp
 
+from pullback._core.call import Call
 from pullback._core.entry import public
-from pullback._core.forward import run
-from pullback._core.inputs import InputTree
-from pullback._core.many.pulls import shared_pull
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import Inputs, Model, Output, Params, Target
+from pullback._ops.accounting import Account
 from pullback._ops.dispatch import Table
 from pullback._ops.spellings import Operation
 from pullback._torch.internals import eye
@@ -39,7 +38,7 @@ def _attention_table(weights: list[Tensor], added: Sequence[Tensor] | None) -> T
     return Table.of({torch.softmax: rule}, name="The rule for attention weights")
 
 
-def attention_weights(params: Params, model: Model, x: Inputs, *, output: Select = None) -> tuple[Tensor, ...]:
+def attention_weights(params: Params, model: Model, x: Inputs, *, output: Output = None) -> tuple[Tensor, ...]:
     """Read the attention weights of each layer, ``[batch head query key]``, in the order of calls. Costs 1 forward.
 
     Raises:
@@ -52,8 +51,9 @@ def attention_weights(params: Params, model: Model, x: Inputs, *, output: Select
         (torch.Size([3, 2, 5, 5]), True)
     """
     weights: list[Tensor] = []
-    run(params, model, x, output=output, table=_attention_table(weights, None))
-    return _checked(weights, InputTree(x).batch)
+    call = Call.bind(params, model, x, rules=_attention_table(weights, None), output=output)
+    call.forward()
+    return _checked(weights, call.batch)
 
 
 def _checked(weights: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
@@ -69,7 +69,7 @@ def _checked(weights: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
 
 
 @public
-def attention_rollout(params: Params, model: Model, x: Inputs, *, output: Select = None) -> Tensor:
+def attention_rollout(params: Params, model: Model, x: Inputs, *, output: Output = None) -> Tensor:
     r"""Multiply the attention of all layers, the residual connection counted as attention to oneself.
 
     .. math:: R = \prod_l \tfrac{1}{2} \big(\bar A_l + 1\big)
@@ -104,7 +104,7 @@ def attention_rollout(params: Params, model: Model, x: Inputs, *, output: Select
 
 @public
 def attention_relevance(
-    params: Params, model: Model, x: Inputs, target: Target, *, output: Select = None, strict: bool = False
+    params: Params, model: Model, x: Inputs, target: Target, *, output: Output = None, strict: bool = False
 ) -> Tensor:
     r"""Accumulate attention, weighted by its gradient, over layers.
 
@@ -115,7 +115,6 @@ def attention_relevance(
 
     Args:
         params, model, x, target, output: See `gradient`.
-        strict: As elsewhere; there is nothing here that rules would not cover.
 
     Returns:
         ``[batch query key]``, not negative, the identity included. For an image and a class token,
@@ -137,19 +136,20 @@ def attention_relevance(
         Transformers, 2021, eq. 5, 6.
     """
     found: list[Tensor] = []
-    run(params, model, x, output=lambda result: torch.zeros(()), table=_attention_table(found, None))
-    _checked(found, InputTree(x).batch)
+    reading = Call.bind(params, model, x, rules=_attention_table(found, None), output=lambda result: torch.zeros(()))
+    reading.forward()
+    _checked(found, reading.batch)
     zeros = [torch.zeros((), dtype=w.dtype, device=w.device).expand(w.shape) for w in found]
+    call = replace(reading, output=output)
 
-    def forward(*added: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(account: Account | None, *added: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         weights: list[Tensor] = []
-        y = run(params, model, x, output=output, table=_attention_table(weights, added))
+        y = replace(call, rules=_attention_table(weights, added)).forward(account=account)
         return y, tuple(weights)
 
-    y, pull, weights = vjp(forward, *zeros, has_aux=True)  # pyright: ignore[reportAssignmentType]
-    batch = InputTree(x).batch
-    gradients = _checked(shared_pull(lambda cotangents: pull(cotangents[0]), (y,))(cotangent(y, target)), batch)
+    (y, *_), pull, weights = call.linearise(forward, zeros)
+    gradients = _checked(pull(cotangent(y, target)), call.batch)
     total = eye(weights[0].shape[-1], weights[0])
-    for w, g in zip(_checked(weights, batch), gradients, strict=True):
+    for w, g in zip(_checked(weights, call.batch), gradients, strict=True):
         total = total + (w * g).clamp(min=0).mean(1) @ total
     return total

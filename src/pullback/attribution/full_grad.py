@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import vjp
 
 from pullback import maps
+from pullback._core.call import Call, InputTree
 from pullback._core.entry import public
-from pullback._core.forward import run
-from pullback._core.many.pulls import shared_pull
 from pullback._core.targets import cotangent, score
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import Inputs, Model, Output, Params, Target
+from pullback._ops.accounting import Account
 from pullback._ops.dispatch import Table
 from pullback._ops.norms import layer_norm
 from pullback._ops.replacements import REPLACEMENTS
@@ -38,8 +38,7 @@ def full_grad(
     target: Target,
     *,
     post: Callable[[Tensor], Tensor] = torch.abs,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     return_info: bool = False,
 ) -> Any:
     r"""Join the gradient at the input and at every bias to one map.
@@ -56,7 +55,7 @@ def full_grad(
     the model adds by hand. Costs 1 gradient and 1 forward.
 
     Args:
-        params, model, x, target, output, strict: See `gradient`; `x` is ``[batch channel ...]``.
+        params, model, x, target, output: See `gradient`; `x` is ``[batch channel ...]``.
         post: Taken of each share before it is scaled; `torch.relu` keeps what speaks for the target.
         return_info: Return ``(map, info)``, where ``info["input"]`` and ``info["biases"]`` are the shares of input and
             biases, and ``info["convergence_delta"]``, ``[batch]``, their sum less the score.
@@ -81,15 +80,17 @@ def full_grad(
     if not isinstance(x, Tensor) or x.ndim < 3:
         raise TypeError(f"`x` must be one tensor with spatial axes, [batch channel ...], got {_shape(x)}.")
     seen: list[Tensor] = []
-    run(params, model, x, output=output, table=_biases(seen, None))
+    call = Call.bind(params, model, x, rules=_biases(seen, None), output=output)
+    call.forward()
     zeros = [torch.zeros((), dtype=b.dtype, device=b.device).expand(b.shape) for b in seen]
 
-    def forward(x: Tensor, *deltas: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(account: Account | None, x: Tensor, *deltas: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         met: list[Tensor] = []
-        return run(params, model, x, output=output, table=_biases(met, deltas)), tuple(met)
+        y = replace(call, x=InputTree(x), rules=_biases(met, deltas)).forward(account=account)
+        return y, tuple(met)
 
-    y, back, biases = vjp(forward, x, *zeros, has_aux=True)  # pyright: ignore[reportAssignmentType]
-    slope, *slopes = shared_pull(lambda cotangents: back(*cotangents), (y,))(cotangent(y, target))
+    (y, *_), pull, biases = call.linearise(forward, [x, *zeros])
+    slope, *slopes = pull(cotangent(y, target))
     shares = [x * slope, *(b * g for b, g in zip(biases, slopes, strict=True))]
     placed = [s for s in shares if s.ndim == x.ndim and s.shape[0] == x.shape[0]]
     map = sum(maps.resize(maps.channel_sum(maps.normalise(post(s))), x.shape[2:]) for s in placed)

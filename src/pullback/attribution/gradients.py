@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from pullback import maps
+from pullback._core.call import Call, Pulled
 from pullback._core.entry import public
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback._core.vjp import Pulled, pullback
+from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
 from pullback.rules._table import Rules, table_of
 
 
@@ -22,11 +22,9 @@ def gradient(
     x: Inputs,
     target: Target,
     *,
-    layer: str = "",
-    at: str = "output",
+    layer: str | Layer = "",
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Any:
     r"""Differentiate the score with respect to the input, or to a layer's activation.
 
@@ -46,10 +44,8 @@ def gradient(
         layer: Dotted module name; ``""`` is the model's input. ``"name:1"`` takes the second tensor that the layer
             returns; ``"name#0"`` the first call of a layer that is called several times: without it the result is
             the derivative with respect to a change that all calls share.
-        at: ``"output"`` of the layer, or its ``"input"``.
         rules: What changes the backward: see `pullback.rules`.
         output: Which part of a dict or tuple output is explained: a name, an index or a function.
-        strict: Raise where `rules` do not cover an activation, instead of warning.
 
     Returns:
         Signed, with the structure and shape of `x` (`None` for members that are not floating point), or the shape of
@@ -68,8 +64,9 @@ def gradient(
     Reference:
         Simonyan, Vedaldi & Zisserman, Deep Inside Convolutional Networks, 2014, sec. 3.
     """
-    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table_of(rules), strict=strict)
-    return pulled.rebuild(pulled.pull(cotangent(pulled.output, target)))
+    call = Call.bind(params, model, x, layer, table_of(rules), output)
+    pulled = call.pullback()
+    return call.like(pulled.pull(cotangent(pulled.output, target)))
 
 
 @public
@@ -79,11 +76,9 @@ def input_x_gradient(
     x: Inputs,
     target: Target,
     *,
-    layer: str = "",
-    at: str = "output",
+    layer: str | Layer = "",
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Any:
     r"""Multiply the input, or a layer's activation, by its gradient.
 
@@ -93,7 +88,7 @@ def input_x_gradient(
     summed. Costs 1 gradient.
 
     Args:
-        params, model, x, target, layer, at, rules, output, strict: See `gradient`.
+        params, model, x, target, layer, rules, output: See `gradient`.
 
     Returns:
         Signed, shaped like `x` or the activation, in units of the score.
@@ -107,9 +102,10 @@ def input_x_gradient(
     Reference:
         Shrikumar, Greenside, Shcherbina & Kundaje, Not Just a Black Box, 2016, sec. 2.
     """
-    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table_of(rules), strict=strict)
+    call = Call.bind(params, model, x, layer, table_of(rules), output)
+    pulled = call.pullback()
     gradients = pulled.pull(cotangent(pulled.output, target))
-    return pulled.rebuild([a * g for a, g in zip(pulled.activations, gradients, strict=True)])
+    return call.like([a * g for a, g in zip(pulled.activations, gradients, strict=True)])
 
 
 @public
@@ -119,10 +115,8 @@ def guided_backprop(
     x: Inputs,
     target: Target,
     *,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
 ) -> Any:
     r"""Backpropagate through rectifiers only what is positive, forward and backward.
 
@@ -134,7 +128,7 @@ def guided_backprop(
     (Adebayo et al., Sanity Checks for Saliency Maps, 2018).
 
     Args:
-        params, model, x, target, layer, at, output, strict: See `gradient`.
+        params, model, x, target, layer, output: See `gradient`.
 
     Returns:
         Signed, shaped like `x` or the activation.
@@ -150,7 +144,7 @@ def guided_backprop(
     Reference:
         Springenberg, Dosovitskiy, Brox & Riedmiller, Striving for Simplicity, 2015, sec. 3.4.
     """
-    return gradient(params, model, x, target, layer=layer, at=at, rules="guided", output=output, strict=strict)
+    return gradient(params, model, x, target, layer=layer, rules="guided", output=output)
 
 
 @public
@@ -160,10 +154,8 @@ def deconvnet(
     x: Inputs,
     target: Target,
     *,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
 ) -> Any:
     r"""Backpropagate through rectifiers whatever is positive backward, independent of the forward.
 
@@ -172,7 +164,7 @@ def deconvnet(
     Costs 1 gradient. Like guided backprop it fails the randomisation check of Adebayo et al. (2018).
 
     Args:
-        params, model, x, target, layer, at, output, strict: See `gradient`.
+        params, model, x, target, layer, output: See `gradient`.
 
     Returns:
         Signed, shaped like `x` or the activation.
@@ -187,7 +179,7 @@ def deconvnet(
     Reference:
         Zeiler & Fergus, Visualizing and Understanding Convolutional Networks, 2014, sec. 2.1.
     """
-    return gradient(params, model, x, target, layer=layer, at=at, rules="deconvnet", output=output, strict=strict)
+    return gradient(params, model, x, target, layer=layer, rules="deconvnet", output=output)
 
 
 def _peak(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -201,15 +193,13 @@ def saliency(
     x: Inputs,
     target: Target,
     *,
-    layer: str = "",
-    at: str = "output",
+    layer: str | Layer = "",
     rules: Rules = None,
     reduce: Callable[[Tensor, Tensor], Tensor] = _peak,
     resize: bool | tuple[int, ...] = False,
     resize_mode: str = "bilinear",
     smooth: float = 0.0,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Reduce the gradient at the input, or at a layer, to a map.
 
@@ -219,7 +209,7 @@ def saliency(
     and summed. Costs 1 gradient.
 
     Args:
-        params, model, x, target, layer, at, rules, output, strict: See `gradient`.
+        params, model, x, target, layer, rules, output: See `gradient`.
         reduce: From ``(activation, gradient)``, both ``[batch channel ...]``, to a map ``[batch 1 ...]``.
         resize: True for the size of `x`, or (height, width).
         resize_mode: How: see `pullback.maps.resize`.
@@ -242,10 +232,10 @@ def saliency(
     Reference:
         Simonyan, Vedaldi & Zisserman, Deep Inside Convolutional Networks, 2014, sec. 3.1.
     """
-    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table_of(rules), strict=strict)
-    if not layer and len(pulled.activations) > 1:
+    call = Call.bind(params, model, x, layer, table_of(rules), output)
+    if call.layer is None and len(call.x.tensors) > 1:
         raise TypeError("`x` holds several floating-point tensors: a map is of one. Use `gradient`, or name a `layer`.")
-    map = reduced(pulled, cotangent(pulled.output, target), reduce)
+    map = reduced(call, call.pullback(), target, reduce)
     if resize is True:
         size = _sides(x)
     else:
@@ -262,10 +252,10 @@ def _sides(x: Inputs) -> tuple[int, ...]:
     return tuple(x.shape[2:])
 
 
-def reduced(pulled: Pulled, cotangent: Tensor, reduce: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def reduced(call: Call, pulled: Pulled, target: Target, reduce: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Pull back, reduce each call of the layer to a map, and sum the maps."""
 
     def maps(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(reduce(a, g) for a, g in zip(pulled.activations, gradients, strict=True))
 
-    return pulled.rebuild(pulled.pull(cotangent, maps))
+    return call.like(pulled.pull(cotangent(pulled.output, target), maps))

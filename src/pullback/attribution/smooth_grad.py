@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress
+from pullback._core.call import InputTree
 from pullback._core.entry import public
-from pullback._core.inputs import InputTree, each, folded, repeated, unfolded
+from pullback._core.inputs import each, folded, repeated, unfolded
 from pullback._core.many.copies import copies
-from pullback._core.types import Inputs, Model, Params, Target
+from pullback._core.types import ChunkSize, Inputs, Model, Params, Progress, Target
 from pullback._torch.random import Seed, normal
 from pullback.attribution.gradients import gradient
 

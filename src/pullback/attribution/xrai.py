@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pullback import maps
 from pullback._core.entry import public
-from pullback._core.types import Model, Params, Select, Target
+from pullback._core.types import Model, Output, Params, Target
 from pullback.attribution.paths.integrated import integrated_gradients
 
 
@@ -33,8 +33,7 @@ def xrai(
     method: Callable[..., Any] = _black_and_white,
     reduce: Callable[[Tensor], Tensor] = lambda attribution: attribution.amax(1, keepdim=True),
     least_area: int = 1,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     **options: Any,
 ) -> Tensor:
     r"""Grow the explanation by the segment with the greatest mean attribution, again and again.
@@ -45,7 +44,7 @@ def xrai(
     in share the mean over them. Costs what `method` costs, and one product of segments and map for each segment.
 
     Args:
-        params, model, x, target, output, strict: See `gradient`; `x` is ``[batch channel height width]``.
+        params, model, x, target, output: See `gradient`; `x` is ``[batch channel height width]``.
         segments: Masks ``[segment height width]`` or ``[batch segment height width]``, boolean, which may overlap; or
             integer labels ``[height width]`` or ``[batch height width]``. See `felzenszwalb_segments`.
         method: Attribution to begin with: any that is shaped like `x`. Integrated gradients from black and from white
@@ -73,7 +72,7 @@ def xrai(
     if not isinstance(x, Tensor):
         raise TypeError(f"`x` must be one tensor, got {type(x).__name__}.")
     masks = _masks_of(segments, x)
-    attribution = method(params, model, x, target, output=output, strict=strict, **options)
+    attribution = method(params, model, x, target, output=output, **options)
     values = reduce(attribution).flatten(1)  # [batch pixel]
     covered, map = torch.zeros_like(values), torch.zeros_like(values)
     taken = torch.zeros(len(x), masks.shape[1], dtype=torch.bool, device=x.device)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback._core.forward import run
+from pullback._core.call import Call
 from pullback._core.many.over_targets import over_targets
 from pullback._core.many.state import check_range
-from pullback._core.types import Inputs, Model, Params, Select
+from pullback._core.types import Inputs, Model, Output, Params
 from pullback.dataset._feed import Batch, each_tensor, told
 
 Method: TypeAlias = "Callable[..., Any]"
@@ -36,7 +36,7 @@ class Recipe:
     model: Model
     targets: Targets
     chunk_size: int | Literal["auto"] | None = "auto"
-    output: Select = None
+    output: Output = None
     reduce: Mapping[str, Reduce] | None = None
     dtype: str = "float32"
     scores: bool = True
@@ -78,7 +78,7 @@ class Recipe:
         ):
             return None
         with torch.no_grad():
-            return run(self.params, self.model, x, output=self.output)
+            return Call.bind(self.params, self.model, x, output=self.output).forward()
 
     def _targets(self, output: Tensor | None, labels: Tensor, device: torch.device) -> Tensor | None:
         labels = labels.to(device)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pullback._core.types import Model, Params, Select
+from pullback._core.types import Model, Output, Params
 from pullback.dataset._compute import Method, Recipe, Reduce, Targets, explained
 from pullback.dataset._feed import Batch
 from pullback.dataset._run import as_asked, placed
@@ -50,7 +50,7 @@ class Explainer:
         column: str | Sequence[str] = "image",
         label: str = "label",
         chunk_size: int | Literal["auto"] | None = "auto",
-        output: Select = None,
+        output: Output = None,
         reduce: Reduce | Mapping[str, Reduce] = None,
         scores: bool = True,
         device: str | torch.device | None = None,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pullback._core.modules import params_of
-from pullback._core.types import Model, Params, Select
+from pullback._core.types import Model, Output, Params
 from pullback._torch.heap import keep_memory
 from pullback.dataset._compute import DTYPES, REDUCTIONS, RESERVED, Method, Recipe, Reduce, Targets, explained
 from pullback.dataset._described import described, described_method, described_model, digest
@@ -40,7 +40,7 @@ def explain_dataset(
     out: str | os.PathLike[str],
     batch_size: int = 16,
     chunk_size: int | Literal["auto"] | None = "auto",
-    output: Select = None,
+    output: Output = None,
     reduce: Reduce | Mapping[str, Reduce] = None,
     dtype: str = "float32",
     scores: bool = True,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pullback._core.batching import Progress, chunks, report, wide
+from pullback._core.batching import chunks, report, wide
 from pullback._core.masked import Link, MaskAxes, MaskedModel, mask_axes_of
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import Inputs, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, normal
 from pullback.masks import Fill, fill
 from pullback.metrics._ranks import pixels, ranks
@@ -32,11 +32,10 @@ class RemovalCurve:
         map: Tensor,
         *,
         tokens: bool,
-        output: Select,
-        strict: bool,
+        output: Output,
         link: Link,
     ) -> None:
-        self.masked = MaskedModel(params, model, x, target, output=output, strict=strict, link=link)
+        self.masked = MaskedModel(params, model, x, target, output=output, link=link)
         self.mask_axes: MaskAxes = mask_axes_of(self.masked, tokens)
         self.sizes = self.mask_axes.sizes
         self.image = self.mask_axes.to_channels_first(self.masked.covered)

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pullback._core.batching import Progress, wide
+from pullback._core.batching import wide
 from pullback._core.entry import public
 from pullback._core.masked import Link
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import Inputs, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed
 from pullback.masks import Fill
 from pullback.metrics._curve import RemovalCurve, area
@@ -123,8 +123,7 @@ def softmax_information(
     information: Information | None = None,
     link: Link = "softmax",
     seed: Seed = 0,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     chunk_size: int | None = 32,
     progress: Progress = None,
     return_info: bool = False,
@@ -142,7 +141,7 @@ def softmax_information(
     information: its points are in the info. Its authors' code subtracts the score of the blurred image as well.
 
     Args:
-        params, model, x, target, link, seed, output, strict, progress: See `pullback.metrics.deletion`.
+        params, model, x, target, link, seed, output, progress: See `pullback.metrics.deletion`.
         map: ``[batch 1 height width]``. Equal values go in reading order.
         shares: Of the pixels, each above 0 and below 1; by default those of the authors' code. The blurred and the
             whole image join them.
@@ -171,7 +170,7 @@ def softmax_information(
     Reference:
         Kapishnikov, Bolukbasi, Viégas & Terry, XRAI: Better Attributions Through Regions, 2019, sec. 4.2.
     """
-    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, strict=strict, link=link)
+    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, link=link)
     content, scores = _curve(way, shares, baseline, seed, information, chunk_size, progress)
     return _judged(way, content, (scores / scores[:, -1:]).clamp(0, 1), return_info)
 
@@ -188,8 +187,7 @@ def accuracy_information(
     baseline: Fill = "blur",
     information: Information | None = None,
     seed: Seed = 0,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     chunk_size: int | None = 32,
     progress: Progress = None,
     return_info: bool = False,
@@ -200,7 +198,7 @@ def accuracy_information(
     higher is better. What a random map gets is chance.
 
     Args:
-        params, model, x, seed, output, strict, progress: See `pullback.metrics.deletion`.
+        params, model, x, seed, output, progress: See `pullback.metrics.deletion`.
         target: A class index, or one for each example.
         map, shares, baseline, information, chunk_size, return_info: See `softmax_information`.
 
@@ -228,6 +226,6 @@ def accuracy_information(
     def highest(scores: Tensor) -> Tensor:
         return F.one_hot(scores.argmax(1), scores.shape[1]).to(scores.dtype)
 
-    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, strict=strict, link=highest)
+    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, link=highest)
     content, hits = _curve(way, shares, baseline, seed, information, chunk_size, progress)
     return _judged(way, content, hits, return_info)

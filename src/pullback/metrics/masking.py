@@ -11,7 +11,7 @@ from pullback import maps
 from pullback._core.batching import wide
 from pullback._core.entry import public
 from pullback._core.masked import Link
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import Inputs, Model, Output, Params, Target
 from pullback._torch.random import Seed
 from pullback.masks import Fill
 from pullback.metrics._curve import RemovalCurve
@@ -51,8 +51,7 @@ def average_drop(
     link: Link = "softmax",
     seed: Seed = 0,
     tokens: bool = False,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Measure by what share the score falls when the image is seen through the map.
 
@@ -63,7 +62,7 @@ def average_drop(
     what a random map gets is chance. Costs 2 forwards, in one batch.
 
     Args:
-        params, model, x, target, link, seed, tokens, output, strict: See `deletion`.
+        params, model, x, target, link, seed, tokens, output: See `deletion`.
         map: ``[batch 1 height width]``.
         baseline: What is seen where the map is 0: zeros if omitted, as in the paper; others as in `deletion`.
 
@@ -82,7 +81,7 @@ def average_drop(
     Reference:
         Chattopadhyay, Sarkar, Howlader & Balasubramanian, Grad-CAM++, 2018, sec. 4.1.
     """
-    how = {"tokens": tokens, "output": output, "strict": strict, "link": link}
+    how = {"tokens": tokens, "output": output, "link": link}
     whole, through, map = _through(params, model, x, target, map, baseline, seed, **how)
     return voided((whole - through).clamp(min=0) / whole, map)
 
@@ -99,8 +98,7 @@ def average_increase(
     link: Link = "softmax",
     seed: Seed = 0,
     tokens: bool = False,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Tell whether the score rises when the image is seen through the map.
 
@@ -110,7 +108,7 @@ def average_increase(
     mean over images, in per cent. What a random map gets is chance. Costs 2 forwards, in one batch.
 
     Args:
-        params, model, x, target, link, seed, tokens, output, strict: See `deletion`.
+        params, model, x, target, link, seed, tokens, output: See `deletion`.
         map, baseline: See `average_drop`.
 
     Returns:
@@ -128,6 +126,6 @@ def average_increase(
     Reference:
         Chattopadhyay, Sarkar, Howlader & Balasubramanian, Grad-CAM++, 2018, sec. 4.1.
     """
-    how = {"tokens": tokens, "output": output, "strict": strict, "link": link}
+    how = {"tokens": tokens, "output": output, "link": link}
     whole, through, map = _through(params, model, x, target, map, baseline, seed, **how)
     return voided(through > whole, map)

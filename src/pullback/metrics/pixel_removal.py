@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._core.batching import Progress, wide
+from pullback._core.batching import wide
 from pullback._core.entry import public
 from pullback._core.masked import Link
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import Inputs, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, normal
 from pullback.masks import Fill, superpixels
 from pullback.metrics._curve import Images, RemovalCurve, area
@@ -47,8 +47,7 @@ def deletion(
     link: Link = "softmax",
     seed: Seed = 0,
     tokens: bool = False,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     chunk_size: int | None = 32,
     progress: Progress = None,
     return_info: bool = False,
@@ -61,7 +60,7 @@ def deletion(
     Reads nothing but the map's order. What a random map gets is chance. Costs ``steps + 1`` forwards.
 
     Args:
-        params, model, x, target, output, strict: See `gradient`.
+        params, model, x, target, output: See `gradient`.
         map: ``[batch 1 height width]``. Equal values go in reading order.
         steps: Groups of pixels. No more than there are pixels.
         baseline: What a pixel that is taken away shows: zero if omitted, ``"mean"`` of its channel, ``"blur"``,
@@ -90,7 +89,7 @@ def deletion(
     Reference:
         Petsiuk, Das & Saenko, RISE: Randomized Input Sampling for Explanation of Black-box Models, 2018, sec. 4.2.
     """
-    way = RemovalCurve(params, model, x, target, map, tokens=tokens, output=output, strict=strict, link=link)
+    way = RemovalCurve(params, model, x, target, map, tokens=tokens, output=output, link=link)
     under = way.under(baseline, seed)
     return _curve(way, steps, lambda gone: torch.where(gone, under, way.image), chunk_size, progress, return_info)
 
@@ -108,8 +107,7 @@ def insertion(
     link: Link = "softmax",
     seed: Seed = 0,
     tokens: bool = False,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     chunk_size: int | None = 32,
     progress: Progress = None,
     return_info: bool = False,
@@ -122,7 +120,7 @@ def insertion(
     Reads nothing but the map's order. What a random map gets is chance. Costs ``steps + 1`` forwards.
 
     Args:
-        params, model, x, target, steps, link, seed, tokens, output, strict, chunk_size, progress: See `deletion`.
+        params, model, x, target, steps, link, seed, tokens, output, chunk_size, progress: See `deletion`.
         map: ``[batch 1 height width]``. Equal values go in reading order.
         baseline: What the empty image shows: the blurred image if omitted, as in the paper; others as in `deletion`.
         return_info: Give also ``{"curve": [batch step], "share": [step]}``, the scores and the shares put in.
@@ -143,7 +141,7 @@ def insertion(
     Reference:
         Petsiuk, Das & Saenko, RISE: Randomized Input Sampling for Explanation of Black-box Models, 2018, sec. 4.2.
     """
-    way = RemovalCurve(params, model, x, target, map, tokens=tokens, output=output, strict=strict, link=link)
+    way = RemovalCurve(params, model, x, target, map, tokens=tokens, output=output, link=link)
     under = way.under(baseline, seed)
     return _curve(way, steps, lambda shown: torch.where(shown, way.image, under), chunk_size, progress, return_info)
 
@@ -160,8 +158,7 @@ def irof(
     baseline: Fill = "mean",
     link: Link = "softmax",
     seed: Seed = 0,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     chunk_size: int | None = 32,
     progress: Progress = None,
     return_info: bool = False,
@@ -174,7 +171,7 @@ def irof(
     probability; higher is better. What a random map gets is chance. Costs a forward for each segment, and one.
 
     Args:
-        params, model, x, target, link, seed, output, strict, chunk_size, progress: See `deletion`.
+        params, model, x, target, link, seed, output, chunk_size, progress: See `deletion`.
         map: ``[batch 1 height width]``.
         segments: ``[batch 1 height width]`` (or 1 for batch), numbered from 0. Superpixels of `x` if omitted, see
             `pullback.masks.superpixels`, which needs scikit-image and cannot run under a transform of `x`.
@@ -201,7 +198,7 @@ def irof(
     Reference:
         Rieger & Hansen, IROF: A Low Resource Evaluation Metric for Explanation Methods, 2020, sec. 3.
     """
-    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, strict=strict, link=link)
+    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, link=link)
     segments = superpixels(way.image) if segments is None else segments
     if segments.is_floating_point() or segments.shape[1:] != (1, *way.sizes) or len(segments) not in (1, len(way.map)):
         raise ValueError(
@@ -241,8 +238,7 @@ def road(
     noise: float = 0.01,
     link: Link = "softmax",
     seed: Seed = 0,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     chunk_size: int | None = 32,
     progress: Progress = None,
     return_info: bool = False,
@@ -262,7 +258,7 @@ def road(
     each share, and the filling in.
 
     Args:
-        params, model, x, target, link, seed, output, strict, progress: See `deletion`.
+        params, model, x, target, link, seed, output, progress: See `deletion`.
         map: ``[batch 1 height width]``. Equal values go in reading order.
         shares: Of the pixels, each above 0 and below 1.
         least_first: Take the lowest pixels away instead.
@@ -287,7 +283,7 @@ def road(
         Rong, Leemann, Borisov, Kasneci & Kasneci, A Consistent and Efficient Evaluation Strategy for Attribution
         Methods, 2022, sec. 4.
     """
-    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, strict=strict, link=link)
+    way = RemovalCurve(params, model, x, target, map, tokens=False, output=output, link=link)
     if len(way.sizes) != 2:
         raise ValueError(f"`x` must be [batch channel height width], got {list(way.image.shape)}.")
     if not shares or not all(0 < share < 1 for share in shares):

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._core.batching import Progress, chunks, report, wide
+from pullback._core.batching import chunks, report, wide
 from pullback._core.entry import public
 from pullback._core.masked import MaskAxes, MaskedModel, axis_sizes, mask_axes_of
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import Inputs, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, normal, uniform
 from pullback.masks import Fill, fill
 
@@ -31,8 +31,7 @@ def completeness(
     attribution: Any,
     *,
     baseline: Any = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Measure by how much an attribution's sum misses the difference in score that it should share out.
 
@@ -42,7 +41,7 @@ def completeness(
     an attribution of zeros misses the whole difference. Costs 2 forwards, in one batch.
 
     Args:
-        params, model, x, target, output, strict: See `gradient`.
+        params, model, x, target, output: See `gradient`.
         attribution: ``[batch ...]``, of the input or of a layer; a tuple or dict where there are several, with `None`
             where there is none.
         baseline: What the attribution is relative to: zeros if omitted; a number, a tensor, ``"mean"``, ``"blur"`` or a
@@ -64,13 +63,13 @@ def completeness(
     Reference:
         Sundararajan, Taly & Yan, Axiomatic Attribution for Deep Networks, 2017, sec. 3.
     """
-    masked = MaskedModel(params, model, x, target, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, output=output)
     parts = attribution if isinstance(attribution, tuple | list) else [attribution]
     parts = [part for part in (attribution.values() if isinstance(attribution, Mapping) else parts) if part is not None]
     if not parts or any(part.shape[:1] != (masked.batch,) for part in parts):
         got = [list(part.shape) for part in parts]
         raise ValueError(f"`attribution` must be [batch ...] with a batch of {masked.batch}, got {got}.")
-    keys = masked.tree.floating
+    keys = masked.call.x.floating
 
     def cover(part: int, values: Tensor) -> Tensor:
         own = baseline[keys[part]] if isinstance(baseline, tuple | list | Mapping) else baseline
@@ -96,8 +95,7 @@ def infidelity(
     baseline: Fill = None,
     rescale: bool = False,
     seed: Seed = 0,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     chunk_size: int | None = 32,
     progress: Progress = None,
 ) -> Tensor:
@@ -109,7 +107,7 @@ def infidelity(
     which says nothing, gets the mean square of what the perturbations do. Costs ``samples + 1`` forwards.
 
     Args:
-        params, model, x, target, output, strict: See `gradient`.
+        params, model, x, target, output: See `gradient`.
         attribution: Signed, of the shape of `x`.
         samples: Number of perturbations. They are the same for all examples.
         perturbation: The I: ``"square"`` takes a square at a random place to the baseline, ``"noise"`` takes Gaussian
@@ -142,7 +140,7 @@ def infidelity(
     """
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples}.")
-    masked = MaskedModel(params, model, x, target, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, output=output)
     mask_axes = mask_axes_of(masked)
     image = masked.covered
     if attribution.shape != image.shape:

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pullback._core.batching import Progress, chunks, report, wide
+from pullback._core.batching import chunks, report, wide
+from pullback._core.call import Call, InputTree
 from pullback._core.entry import public
-from pullback._core.forward import run
-from pullback._core.inputs import InputTree
 from pullback._core.many.over_targets import over_targets
 from pullback._core.modules import named_layers, params_of
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import Inputs, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, uniform
 
 Method = Callable[..., Any]
@@ -234,7 +233,7 @@ def random_logit(
     samples: int = 1,
     similarity: Similarity = "spearman",
     seed: Seed = 0,
-    output: Select = None,
+    output: Output = None,
     chunk_size: int | Literal["auto"] | None = "auto",
     **options: Any,
 ) -> Tensor:
@@ -277,7 +276,7 @@ def random_logit(
         raise ValueError(f"`samples` must be at least 1, got {samples}.")
     if callable(target) or target is None or (isinstance(target, Tensor) and target.is_floating_point()):
         raise TypeError("`target` must be a class index, or one for each example: the other classes are drawn from it.")
-    answer = run(params, model, x, output=output)
+    answer = Call.bind(params, model, x, output=output).forward()
     if answer.ndim < 2 or answer.shape[1] < 2:
         raise ValueError(f"`model` must put out at least 2 classes, [batch class], got {list(answer.shape)}.")
     alike, classes, batch = _likeness(similarity), answer.shape[1], InputTree(x).batch

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pullback._core.batching import chunks, wide
+from pullback._core.call import InputTree
 from pullback._core.entry import public
-from pullback._core.inputs import InputTree, each, folded, repeated, unfolded
+from pullback._core.inputs import each, folded, repeated, unfolded
 from pullback._core.types import Inputs, Model, Params, Target
 from pullback._torch.random import Seed, normal, uniform
 

@@ -6,17 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from pullback._core.batching import (
-    ACTIVATION_PER_INPUT,
-    GRADIENT_BYTES,
-    ChunkSize,
-    Progress,
-    budget_on,
-    chunks,
-    report,
-    rows_together,
-)
+from pullback._core.batching import ACTIVATION_PER_INPUT, GRADIENT_BYTES, budget_on, chunks, report, rows_together
 from pullback._core.many.state import COTANGENT_BYTES, current_run
+from pullback._core.types import ChunkSize, Progress
 from pullback._torch.internals import compiling
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pullback._core.inputs import each
 from pullback._core.many.shortcuts import combines, one_hot_rows
-from pullback._core.many.state import clean, current_run, targets_per_chunk
-from pullback._core.types import Back, Pull, Reduce, Tensors
+from pullback._core.many.state import TargetRun, clean, targets_per_chunk
+from pullback._core.targets import poisoned
+from pullback._core.types import Back, Reduce, Tensors
 from pullback._torch.internals import (
     current_level,
     eye,
@@ -22,65 +23,72 @@ from pullback._torch.internals import (
 )
 
 
-def shared_pull(back: Back, outputs: Tensors, primals: Sequence[Tensor] = ()) -> Pull:
-    """Make the pull of a forward's output; the targets that are run together go in chunks through the one forward.
+class SharedPull:
+    """The pull of a forward that many targets share: their cotangents go through it in chunks.
 
-    `back` takes a cotangent for each of `outputs`: the output and what `shortcuts` gave. Where there are more targets
-    than the head is wide and the pull is linear, one for each unit of the head's input, and a combination of them,
-    serve all targets. From the output to the waist more targets go together than from there on. `primals` are what it
-    pulls back to.
+    Where there are more targets than the head is wide and the pull is linear, one pull for each unit of the head's
+    input, and a combination of these for each target, serve all targets. From the output to a bottleneck more targets
+    go together than from there on.
+
+    Args:
+        many: The run over targets.
+        back: From a cotangent for each of `outputs` to cotangents of `primals`.
+        outputs: The output, and what `note_forward` returned.
     """
 
-    def back_from(place: int, cotangent: Tensor) -> Tensors:
-        return back([cotangent if i == place else None for i in range(len(outputs))])
+    def __init__(self, many: TargetRun, back: Back, outputs: Tensors, primals: Sequence[Tensor]) -> None:
+        self.many, self.back, self.outputs, self.primals = many, back, outputs, primals
+        self.places = many.places if len(outputs) > 1 else {}
+        self.head = many.head if "head" in self.places else None
+        self.bottleneck = many.bottleneck if "bottleneck" in self.places else None
 
-    def pull(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
-        return _finished(back_from(0, cotangent), cotangent, reduce)
-
-    running = current_run()
-    if running is None:
-        return pull
-    places = running.places if len(outputs) > 1 else {}
-    head = running.head if "head" in places else None
-    bottleneck = running.bottleneck if "waist" in places else None
-
-    def chunked(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
-        level, count = running.level, len(running.targets)
-        one_forward = not any(_is_mapped(output, level) for output in outputs)  # an adaptive method's has one a target
-        if not (one_forward and _is_mapped(cotangent, level)) or current_level() != level:
-            return pull(cotangent, reduce)
-        size = targets_per_chunk(running, cotangent.device)
-        if size >= count and head is None:
-            return pull(cotangent, reduce)
+    def __call__(self, cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
+        level, count = self.many.level, len(self.many.targets)
+        shared = not any(_is_mapped(output, level) for output in self.outputs)  # adaptive methods run one a target
+        if not (shared and _is_mapped(cotangent, level)) or current_level() != level:
+            return _finished(self._back_from(0, cotangent), cotangent, reduce)
+        size = targets_per_chunk(self.many, cotangent.device)
+        if size >= count and self.head is None:
+            return _finished(self._back_from(0, cotangent), cotangent, reduce)
         whole = functorch._remove_batch_dim(cotangent, level, count, 0)
-        if head is not None and combines(running, head[1].shape[1], primals):
-            hidden = outputs[places["head"]]
-            parts = _combined(partial(back_from, places["head"]), hidden, head[1], whole, size, reduce)
-        elif head is not None and (rows := one_hot_rows(head[1], whole)) is not None:
-            parts = cut(rows, size, head[0], places["head"], lambda gradients, _: _reduced(gradients, reduce))
-        else:
-            parts = cut(
-                whole, size, bottleneck and bottleneck.output, 0, lambda gradients, c: _finished(gradients, c, reduce)
-            )
-        return tuple(functorch._add_batch_dim(part, 0, level) for part in parts)
+        return tuple(functorch._add_batch_dim(part, 0, level) for part in self._parts(whole, size, reduce))
 
-    def cut(
-        cotangents: Tensor, size: int, start: Tensor | None, place: int, finish: Callable[[Tensors, Tensor], Tensors]
+    def _back_from(self, place: int, cotangent: Tensor) -> Tensors:
+        return self.back([cotangent if i == place else None for i in range(len(self.outputs))])
+
+    def _parts(self, cotangents: Tensor, size: int, reduce: Reduce | None) -> list[Tensor]:
+        """Pull ``[target *output]`` cotangents back, from the head's input where that is cheaper."""
+        if self.head is None:
+            return self._cut(cotangents, size, 0, partial(_finished, reduce=reduce))
+        hidden, weight = self.head
+        place = self.places["head"]
+        if combines(self.many, weight.shape[1], self.primals):
+            return _combined(partial(self._back_from, place), self.outputs[place], weight, cotangents, size, reduce)
+        rows = one_hot_rows(weight, cotangents)
+        if rows is None:
+            return self._cut(cotangents, size, 0, partial(_finished, reduce=reduce))
+        return self._cut(rows, size, place, lambda gradients, _: _reduced(gradients, reduce), hidden)
+
+    def _cut(
+        self,
+        cotangents: Tensor,
+        size: int,
+        place: int,
+        finish: Callable[[Tensors, Tensor], Tensors],
+        start: Tensor | None = None,
     ) -> list[Tensor]:
-        """Pull cotangents of `start`, which is at `place` among the outputs, in chunks."""
-        if bottleneck is None or start is None:
-            return _in_chunks(_vectorised(lambda c: finish(back_from(place, c), c)), size, cotangents)
-
-        upward = _vectorised(partial(_between, start, bottleneck.tensor))
+        """Pull cotangents of the output at `place` back in chunks: larger ones down to the bottleneck."""
+        neck = self.bottleneck
+        if neck is None:
+            return _in_chunks(_vectorised(lambda c: finish(self._back_from(place, c), c)), size, cotangents)
+        upward = _vectorised(partial(_between, neck.output if start is None else start, neck.tensor))
+        onward = _vectorised(lambda h, c: finish(self._back_from(self.places["bottleneck"], h), c))
 
         def in_two(some: Tensor) -> Tensors:
             (halfway,) = upward(some)
-            onward = _vectorised(lambda h, c: finish(back_from(places["waist"], h), c))
             return tuple(_in_chunks(onward, size, halfway, some))
 
-        return _in_chunks(in_two, bottleneck.wide, cotangents)
-
-    return chunked
+        return _in_chunks(in_two, neck.targets, cotangents)
 
 
 def _between(output: Tensor, tensor: Tensor, cotangent: Tensor) -> Tensors:
@@ -96,7 +104,7 @@ def _reduced(gradients: Tensors, reduce: Reduce | None) -> Tensors:
 
 def _finished(gradients: Tensors, cotangent: Tensor, reduce: Reduce | None) -> Tensors:
     result = _reduced(gradients, reduce)
-    return result if clean() or readable(cotangent) else tuple(_poisoned(r, cotangent) for r in result)
+    return result if clean() or readable(cotangent) else tuple(poisoned(r, cotangent) for r in result)
 
 
 def _combined(
@@ -133,15 +141,6 @@ def _vectorised(one: Callable[..., Tensors]) -> Callable[..., Tensors]:
 
 def _is_mapped(tensor: Tensor, level: int) -> bool:
     return functorch.is_batchedtensor(tensor) and functorch.maybe_get_level(tensor) == level
-
-
-def _poisoned(gradient: Tensor, cotangent: Tensor) -> Tensor:
-    """Keep the NaN of an index that is no class: a rectifier that is off would drop it, and leave zeros."""
-    bad = (cotangent - cotangent).to(gradient.dtype)
-    bad = bad.reshape(bad.shape[0], -1).sum(1) if bad.ndim else bad
-    if gradient.ndim and gradient.shape[:1] == bad.shape:
-        return gradient + bad.reshape(-1, *[1] * (gradient.ndim - 1))
-    return gradient + bad.sum()
 
 
 def _in_chunks(pull: Callable[..., Tensors], size: int, *stacked: Tensor) -> list[Tensor]:

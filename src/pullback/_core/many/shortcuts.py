@@ -10,62 +10,57 @@ from torch import Tensor
 from pullback._core.batching import budget_on
 from pullback._core.many.state import (
     COTANGENT_BYTES,
-    FEW,
     LARGE_HEAD_NUMEL,
+    MIN_TARGETS,
     Bottleneck,
     TargetRun,
-    current_run,
     targets_per_chunk,
 )
-from pullback._ops.dispatch import OperationMode
+from pullback._ops.accounting import Account
 from pullback._torch.internals import (
     is_functorch_wrapped_tensor,
     readable,
 )
 
 
-def note_forward(mode: OperationMode, output: Tensor) -> None:
-    """Keep what a forward tells of the size of its pulls, and its head, where that is a linear map."""
-    running = current_run()
-    if running is not None:
-        running.largest = max(running.largest, mode.largest)
-        hidden, weight, result = mode.linear or (output, output, None)
-        is_head = result is output and readable(weight) and not weight.requires_grad
-        running.head = (hidden, weight) if is_head else None
-        running.linear, running.products = mode.table is None, mode.products
-        running.bottleneck = _find_bottleneck(running, mode, output)
+def note_forward(many: TargetRun, account: Account, output: Tensor, linear: bool) -> tuple[Tensor, ...]:
+    """Note what a forward tells of its pulls. Returns the tensors at which a pull may start, or be cut.
 
-
-def shortcuts() -> tuple[Tensor, ...]:
-    """Give tensors of the forward that was just run at which a pull may start.
-
-    The input of its linear head, where pulling from there may be cheaper, and its waist.
+    These are the input of a linear head, where a pull from there is cheaper, and a bottleneck.
     """
-    running = current_run()
-    if running is None:
-        return ()
+    many.largest = max(many.largest, account.largest)
+    hidden, weight, result = account.linear or (output, output, None)
+    is_head = result is output and readable(weight) and not weight.requires_grad
+    many.head = (hidden, weight) if is_head else None
+    many.linear, many.products = linear, account.products
+    many.bottleneck = _find_bottleneck(many, account, output)
     found: dict[str, Tensor] = {}
-    if running.head is not None and running.head[0].ndim == 2 and running.head[1].numel() >= LARGE_HEAD_NUMEL:
-        found["head"] = running.head[0]
-    if running.bottleneck is not None:
-        found["waist"] = running.bottleneck.tensor
-    running.places = {name: place for place, name in enumerate(found, 1)}
+    if is_head and hidden.ndim == 2 and weight.numel() >= LARGE_HEAD_NUMEL:
+        found["head"] = hidden
+    if many.bottleneck is not None:
+        found["bottleneck"] = many.bottleneck.tensor
+    many.places = {name: place for place, name in enumerate(found, 1)}
     return tuple(found.values())
 
 
-def _find_bottleneck(running: TargetRun, mode: OperationMode, output: Tensor) -> Bottleneck | None:
+def _find_bottleneck(many: TargetRun, account: Account, output: Tensor) -> Bottleneck | None:
     """Find where to cut a pull in two: late layers, small and heavy, are cheaper for many targets together."""
-    device, count = output.device, len(running.targets)
-    size = targets_per_chunk(running, device)
-    most = count if running.chunk_size in ("auto", None) else min(count, running.chunk_size)
-    if size >= min(FEW, most) or not mode.beyond or output.grad_fn is None or is_functorch_wrapped_tensor(output):
+    device, count = output.device, len(many.targets)
+    size = targets_per_chunk(many, device)
+    most = count if many.chunk_size in ("auto", None) else min(count, many.chunk_size)
+    if (
+        size >= min(MIN_TARGETS, most)
+        or not account.largest_after
+        or output.grad_fn is None
+        or is_functorch_wrapped_tensor(output)
+    ):
         return None
-    budget, ends = budget_on(device, COTANGENT_BYTES), (output, None if running.head is None else running.head[0])
+    budget, ends = budget_on(device, COTANGENT_BYTES), (output, None if many.head is None else many.head[0])
 
     def wide(tensor: Tensor) -> int:
-        return min(most, budget // (4 * max(mode.beyond, tensor.numel() * tensor.element_size())))
+        return min(most, budget // (4 * max(account.largest_after, tensor.numel() * tensor.element_size())))
 
-    for tensor in sorted(mode.bottlenecks, key=wide, reverse=True):  # the earlier one of two that are as wide
+    for tensor in sorted(account.candidates, key=wide, reverse=True):  # the earlier one of two that are as wide
         hooked = tensor._backward_hooks or tensor.retains_grad  # they would run twice
         if wide(tensor) < 2 * size:
             return None
@@ -91,10 +86,10 @@ def _all_pass(output: Tensor, tensor: Tensor) -> bool:
     return met
 
 
-def combines(running: TargetRun, width: int, primals: Sequence[Tensor]) -> bool:
+def combines(many: TargetRun, width: int, primals: Sequence[Tensor]) -> bool:
     """Say whether a pull for each unit of a narrow head, and a combination of them a target, take fewer products."""
-    count, numbers = len(running.targets), sum(p.numel() for p in primals)
-    return running.linear and (count - width) * running.products > count * width * numbers
+    count, numbers = len(many.targets), sum(p.numel() for p in primals)
+    return many.linear and (count - width) * many.products > count * width * numbers
 
 
 def one_hot_rows(weight: Tensor, cotangents: Tensor) -> Tensor | None:

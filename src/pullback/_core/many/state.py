@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pullback._core.batching import budget_on
+from pullback._ops.accounting import Account
 from pullback._torch.internals import (
     compiling,
     current_level,
@@ -21,51 +20,66 @@ from pullback._torch.internals import (
 
 COTANGENT_BYTES = 24 * 2**20, 512 * 2**20  # bytes for those of a chunk, on a CPU and elsewhere
 
-FEW = 4  # targets in a chunk: fewer read the weights of late layers too often
-
-LARGE_HEAD_NUMEL = 2**14  # weights, from which it is worth while to go round a head's product
+MIN_TARGETS = 4  # of a chunk: fewer read the weights of late layers too often
+LARGE_HEAD_NUMEL = 2**14  # weights of a head, from which a pull that starts at its input is worth while
 
 
 class Bottleneck(NamedTuple):
-    """A tensor of a forward that all ways from its output back lead through, and what comes after is small."""
+    """A tensor of a forward through which all paths from its output lead back, with only small tensors after it."""
 
     tensor: Tensor
     output: Tensor
-    wide: int  # targets that go together from the output to here
+    targets: int  # how many go together from the output to here
 
 
 @dataclass
 class TargetRun:
-    """The run of a method over targets that is under way in this thread."""
+    """A method that runs over many targets in this thread, and what is known of its forward.
+
+    Attributes:
+        level: Of the `vmap` over targets, among the transforms.
+        largest: Bytes of the largest result of an operation.
+        clean: Whether all target indices met are known to be classes.
+        head: Input and weight of the linear map that gives the output.
+        places: Where head and bottleneck are among the outputs of a forward.
+        linear: Whether the pull is linear in the cotangent.
+        products: Of inputs and weights in a forward.
+    """
 
     targets: Tensor
     chunk_size: int | Literal["auto"] | None
     level: int = 0
-    largest: int = 0  # bytes that the largest operation of the forward put out
-    clean: bool | None = None  # whether all indices met are known to be classes
-    head: tuple[Tensor, Tensor] | None = None  # input and weight of a linear map that gives the output
+    largest: int = 0
+    clean: bool | None = None
+    head: tuple[Tensor, Tensor] | None = None
     bottleneck: Bottleneck | None = None
-    places: dict[str, int] = field(default_factory=dict)  # of head and waist, among what a forward hands to its pull
-    linear: bool = False  # whether what a cotangent is pulled back to is linear in it
-    products: int = 0  # of inputs and weights in a forward
+    places: dict[str, int] = field(default_factory=dict)
+    linear: bool = False
+    products: int = 0
+
+    def account_on(self, device: torch.device) -> Account:
+        """Start an account of a forward."""
+        return Account(small=budget_on(device, COTANGENT_BYTES) // (4 * MIN_TARGETS))
 
 
 local = threading.local()
 
 
 def current_run() -> TargetRun | None:
+    """Return the run over targets that is under way in this thread."""
     return None if compiling() else getattr(local, "many", None)
 
 
-def check_range(target: int | Tensor | np.ndarray, classes: int) -> None:
-    if isinstance(target, int) or len(target.reshape(-1)):
-        low, high = (target, target) if isinstance(target, int) else (int(target.min()), int(target.max()))
+def check_range(target: Any, classes: int) -> None:
+    """Raise where an index of a tensor or an array is no class."""
+    if len(target.reshape(-1)):
+        low, high = int(target.min()), int(target.max())
         if low < 0 or high >= classes:
             raise ValueError(f"`target` must lie in 0 ... {classes - 1}, got {low if low < 0 else high}.")
 
 
 def check_indices(target: Any, classes: int) -> None:
-    """Check the targets that are run together, of which `target` is made: one by one they cannot be read."""
+    """Check the indices of all targets that run together: under `vmap` none of them can be read by itself."""
     running = current_run()
     if running is None:
         return
@@ -80,23 +94,15 @@ def check_indices(target: Any, classes: int) -> None:
 
 
 def clean() -> bool:
-    """Say whether every index of the targets that are run together is known to be a class."""
+    """Whether every index of the targets that run together is known to be a class."""
     running = current_run()
     return running is not None and running.clean is True
 
 
 def only_targets() -> bool:
-    """Say whether the targets that are run together are the only thing that is batched or differentiated here."""
+    """Whether the `vmap` over targets is the only transform at work here."""
     running = current_run()
     return running is not None and running.level == current_level() == 1
-
-
-def measuring(tensors: Sequence[Tensor]) -> tuple[bool, int]:
-    """Say whether to keep account of a forward, and how many bytes count as small, by the device of its inputs."""
-    running = current_run()
-    if running is None or not tensors:
-        return running is not None, 0
-    return True, budget_on(tensors[0].device, COTANGENT_BYTES) // (4 * FEW)
 
 
 def targets_per_chunk(running: TargetRun, device: torch.device) -> int:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback._core.forward import activations
-from pullback._core.types import Inputs, Model, Params
+from pullback._core.call import Call
+from pullback._core.types import Inputs, Layer, Model, Params
 
 Tokens: TypeAlias = "Literal['channels_first', 'channels_last'] | tuple[int, int] | Callable[[Tensor], Tensor] | None"
 
@@ -57,9 +57,9 @@ def over_positions(values: Tensor) -> Tensor:
     return values.sum(tuple(range(2, values.ndim)), keepdim=True)
 
 
-def read_channels(params: Params, model: Model, x: Inputs, layer: str, at: str, tokens: Tokens) -> Tensor:
+def read_channels(params: Params, model: Model, x: Inputs, layer: str | Layer, tokens: Tokens) -> Tensor:
     """Read a layer's activation, ``[batch channel ...]``; the sum over calls."""
-    calls = activations(params, model, x, layer, at)
+    calls = Call.bind(params, model, x, layer).activations()
     return gridded(sum(calls[1:], calls[0]), x, tokens)
 
 

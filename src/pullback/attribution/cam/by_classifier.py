@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pullback import maps
+from pullback._core.call import Call
 from pullback._core.entry import public
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback._core.vjp import pullback
+from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
 from pullback.attribution.cam._channels import Tokens, gridded
 
 
@@ -19,12 +19,10 @@ def cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
+    layer: str | Layer,
     head: str,
-    at: str = "output",
     tokens: Tokens = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Weight a layer's channels by the target's weights in the linear layer after global pooling.
 
@@ -34,7 +32,7 @@ def cam(
     Grad-CAM, which is its clamped mean here. Costs 1 forward, for any number of targets.
 
     Args:
-        params, model, x, target, layer, at, tokens, output, strict: See `grad_cam`.
+        params, model, x, target, layer, tokens, output: See `grad_cam`.
         head: Name of the linear layer, or of a convolution with a 1 x 1 window, that gives the output.
 
     Returns:
@@ -54,7 +52,7 @@ def cam(
     Reference:
         Zhou, Khosla, Lapedriza, Oliva & Torralba, Learning Deep Features for Discriminative Localization, 2016, eq. 2.
     """
-    pulled = pullback(params, model, x, layer=layer, at=at, output=output, strict=strict)
+    pulled = Call.bind(params, model, x, layer, None, output).pullback()
     activation = gridded(pulled.activations[-1], x, tokens)
     weight = _weight_of(params, model, head)
     hot = cotangent(pulled.output, target)

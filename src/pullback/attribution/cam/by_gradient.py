@@ -8,11 +8,9 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from pullback import maps
-from pullback._core.batching import ChunkSize, Progress
+from pullback._core.call import Call
 from pullback._core.entry import public
-from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback._core.vjp import pullback
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed
 from pullback.attribution.cam._channels import Tokens, gridded, over_positions, ratio, read_channels
 from pullback.attribution.gradients import gradient, reduced
@@ -27,12 +25,10 @@ def pulled_map(
     model: Model,
     x: Inputs,
     target: Target,
-    layer: str,
-    at: str,
+    layer: str | Layer,
     tokens: Tokens,
     rules: Rules,
-    output: Select,
-    strict: bool,
+    output: Output,
     weigh: Weigh,
 ) -> Tensor:
     """Make a map of a layer's activation and gradient by `weigh`; the sum over calls of the layer."""
@@ -40,8 +36,8 @@ def pulled_map(
     def laid_out(activation: Tensor, gradient: Tensor) -> Tensor:
         return weigh(gridded(activation, x, tokens), gridded(gradient, x, tokens))
 
-    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table_of(rules), strict=strict)
-    return reduced(pulled, cotangent(pulled.output, target), laid_out)
+    call = Call.bind(params, model, x, layer, table_of(rules), output)
+    return reduced(call, call.pullback(), target, laid_out)
 
 
 @public
@@ -51,12 +47,10 @@ def grad_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Weight a layer's channels by their mean gradient, and keep what speaks for the target.
 
@@ -66,7 +60,7 @@ def grad_cam(
     layer: for the last layer, little more than a forward, for any number of targets under `vmap`.
 
     Args:
-        params, model, x, target, layer, at, rules, output, strict: See `gradient`. The layer's activation is
+        params, model, x, target, layer, rules, output: See `gradient`. The layer's activation is
             ``[batch channel ...]`` with 1 to 3 spatial axes, or tokens of an image `x`. Calls of a reused layer are
             summed before the clamp.
         tokens: How token activations lie: see the head of `pullback.cam`. Leading class tokens are left out.
@@ -92,7 +86,7 @@ def grad_cam(
     def weigh(activation: Tensor, gradient: Tensor) -> Tensor:
         return maps.weighted_sum(activation, gradient.flatten(2).mean(2))
 
-    return pulled_map(params, model, x, target, layer, at, tokens, rules, output, strict, weigh).clamp(min=0)
+    return pulled_map(params, model, x, target, layer, tokens, rules, output, weigh).clamp(min=0)
 
 
 @public
@@ -102,12 +96,10 @@ def linear_approx(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Multiply activation and gradient at each position, and sum over channels.
 
@@ -116,7 +108,7 @@ def linear_approx(
     The score as the first-order approximation at the layer sees it, spread over positions. Costs 1 gradient at most.
 
     Args:
-        params, model, x, target, layer, at, tokens, rules, output, strict: See `grad_cam`.
+        params, model, x, target, layer, tokens, rules, output: See `grad_cam`.
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, signed, in units of the score.
@@ -132,7 +124,7 @@ def linear_approx(
     Reference:
         Kindermans, Schütt, Müller & Dähne, Investigating the Influence of Noise and Distractors, 2016, eq. 1.
     """
-    return pulled_map(params, model, x, target, layer, at, tokens, rules, output, strict, maps.weighted_sum)
+    return pulled_map(params, model, x, target, layer, tokens, rules, output, maps.weighted_sum)
 
 
 @public
@@ -142,12 +134,10 @@ def hires_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Keep where activation times gradient, summed over channels, speaks for the target.
 
@@ -157,7 +147,7 @@ def hires_cam(
     where the model did not look. Costs 1 gradient at most.
 
     Args:
-        params, model, x, target, layer, at, tokens, rules, output, strict: See `grad_cam`.
+        params, model, x, target, layer, tokens, rules, output: See `grad_cam`.
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, not negative.
@@ -173,9 +163,7 @@ def hires_cam(
     Reference:
         Draelos & Carin, Use HiResCAM instead of Grad-CAM for Faithful Explanations, 2020, sec. 3.2.
     """
-    return pulled_map(params, model, x, target, layer, at, tokens, rules, output, strict, maps.weighted_sum).clamp(
-        min=0
-    )
+    return pulled_map(params, model, x, target, layer, tokens, rules, output, maps.weighted_sum).clamp(min=0)
 
 
 @public
@@ -185,12 +173,10 @@ def elementwise_grad_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Sum what speaks for the target entry by entry.
 
@@ -199,7 +185,7 @@ def elementwise_grad_cam(
     Costs 1 gradient at most.
 
     Args:
-        params, model, x, target, layer, at, tokens, rules, output, strict: See `grad_cam`.
+        params, model, x, target, layer, tokens, rules, output: See `grad_cam`.
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, not negative.
@@ -219,7 +205,7 @@ def elementwise_grad_cam(
     def weigh(activation: Tensor, gradient: Tensor) -> Tensor:
         return maps.channel_sum((activation * gradient).clamp(min=0))
 
-    return pulled_map(params, model, x, target, layer, at, tokens, rules, output, strict, weigh)
+    return pulled_map(params, model, x, target, layer, tokens, rules, output, weigh)
 
 
 @public
@@ -229,12 +215,10 @@ def layer_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Weight each entry of the activation by its gradient where that is positive.
 
@@ -244,7 +228,7 @@ def layer_cam(
     gradient at most.
 
     Args:
-        params, model, x, target, layer, at, tokens, rules, output, strict: See `grad_cam`.
+        params, model, x, target, layer, tokens, rules, output: See `grad_cam`.
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, not negative.
@@ -265,7 +249,7 @@ def layer_cam(
     def weigh(activation: Tensor, gradient: Tensor) -> Tensor:
         return maps.weighted_sum(activation, gradient.clamp(min=0))
 
-    return pulled_map(params, model, x, target, layer, at, tokens, rules, output, strict, weigh).clamp(min=0)
+    return pulled_map(params, model, x, target, layer, tokens, rules, output, weigh).clamp(min=0)
 
 
 @public
@@ -275,12 +259,10 @@ def xgrad_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Weight a layer's channels by their gradient, averaged over positions by the activation.
 
@@ -290,7 +272,7 @@ def xgrad_cam(
     to 0 gets no weight. Costs 1 gradient at most.
 
     Args:
-        params, model, x, target, layer, at, tokens, rules, output, strict: See `grad_cam`.
+        params, model, x, target, layer, tokens, rules, output: See `grad_cam`.
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, not negative.
@@ -312,7 +294,7 @@ def xgrad_cam(
             activation, ratio(over_positions(activation * gradient), over_positions(activation)).flatten(1)
         )
 
-    return pulled_map(params, model, x, target, layer, at, tokens, rules, output, strict, weigh).clamp(min=0)
+    return pulled_map(params, model, x, target, layer, tokens, rules, output, weigh).clamp(min=0)
 
 
 def _plus_plus(activation: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
@@ -328,12 +310,10 @@ def grad_cam_plus_plus(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Weight a layer's channels by their positive gradients, each position by its share in the score.
 
@@ -345,7 +325,7 @@ def grad_cam_plus_plus(
     denominator is 0, so is alpha. Costs 1 gradient at most.
 
     Args:
-        params, model, x, target, layer, at, tokens, rules, output, strict: See `grad_cam`.
+        params, model, x, target, layer, tokens, rules, output: See `grad_cam`.
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, not negative.
@@ -365,7 +345,7 @@ def grad_cam_plus_plus(
     def weigh(activation: Tensor, g: Tensor) -> Tensor:
         return maps.weighted_sum(activation, _plus_plus(activation, g, g**2, g**3))
 
-    return pulled_map(params, model, x, target, layer, at, tokens, rules, output, strict, weigh).clamp(min=0)
+    return pulled_map(params, model, x, target, layer, tokens, rules, output, weigh).clamp(min=0)
 
 
 @public
@@ -375,8 +355,7 @@ def smooth_grad_cam_plus_plus(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     samples: int = 25,
     noise: float = 0.15,
@@ -385,8 +364,7 @@ def smooth_grad_cam_plus_plus(
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Weight channels as Grad-CAM++ does, by derivatives averaged over noisy inputs.
 
@@ -397,7 +375,7 @@ def smooth_grad_cam_plus_plus(
     numerator of alpha; that is taken for a slip, as torchcam does. Costs `samples` gradients at most, and a forward.
 
     Args:
-        params, model, x, target, layer, at, tokens, rules, output, strict: See `grad_cam`.
+        params, model, x, target, layer, tokens, rules, output: See `grad_cam`.
         samples, noise, absolute, seed, chunk_size, progress: See `smooth_grad`.
 
     Returns:
@@ -416,7 +394,7 @@ def smooth_grad_cam_plus_plus(
     """
 
     def powers(params: Params, model: Model, x: Inputs, target: Target) -> tuple[Tensor, ...]:
-        g = gradient(params, model, x, target, layer=layer, at=at, rules=rules, output=output, strict=strict)
+        g = gradient(params, model, x, target, layer=layer, rules=rules, output=output)
         g = gridded(g, x, tokens)
         return g, g**2, g**3
 
@@ -424,5 +402,5 @@ def smooth_grad_cam_plus_plus(
     derivatives = smooth_grad(
         params, model, x, target, method=powers, **sampling, chunk_size=chunk_size, progress=progress
     )
-    activation = read_channels(params, model, x, layer, at, tokens)
+    activation = read_channels(params, model, x, layer, tokens)
     return maps.weighted_sum(activation, _plus_plus(activation, *derivatives)).clamp(min=0)

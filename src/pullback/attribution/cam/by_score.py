@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback._core.batching import Progress, chunks, report
+from pullback._core.batching import chunks, report
+from pullback._core.call import Call
 from pullback._core.entry import public
-from pullback._core.forward import run
-from pullback._core.inputs import each, folded, repeated, unfolded
+from pullback._core.inputs import folded, repeated, unfolded
 from pullback._core.targets import score
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback._core.vjp import pullback
+from pullback._core.types import Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, normal
 from pullback.attribution.cam._channels import Tokens, gridded, ratio, read_channels
 from pullback.rules._table import Rules, table_of
@@ -52,10 +51,9 @@ def _scored_masks(
     model: Model,
     x: Inputs,
     target: Target,
-    layer: str,
-    at: str,
+    layer: str | Layer,
     tokens: Tokens,
-    output: Select,
+    output: Output,
     samples: int,
     chunk_size: int | None,
     progress: Progress,
@@ -70,7 +68,7 @@ def _scored_masks(
         raise TypeError(f"`x` must be one tensor, which masks can cover, got {type(x).__name__}.")
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples}.")
-    activation = read_channels(params, model, x, layer, at, tokens)
+    activation = read_channels(params, model, x, layer, tokens)
     if activation.ndim != x.ndim:
         raise ValueError(
             f"`layer` must have the spatial axes of `x`, {list(x.shape)}, to mask it; its activation is "
@@ -80,7 +78,8 @@ def _scored_masks(
     def scored(indices: Sequence[int], targets: Target) -> Tensor:
         index = torch.tensor(list(indices), device=x.device)
         masks = _channel_masks(activation[:, index // samples], x).movedim(1, 0).unsqueeze(2)
-        return score(run(params, model, folded(vary(x, masks, index % samples)), output=output), targets)
+        varied = Call.bind(params, model, folded(vary(x, masks, index % samples)), output=output)
+        return score(varied.forward(), targets)
 
     scores = _scores_of(x.shape[0], target, activation.shape[1] * samples, chunk_size, progress, scored)
     weights = scores.unflatten(0, (-1, samples)).mean(1).softmax(0)
@@ -94,13 +93,11 @@ def score_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     chunk_size: int | None = 32,
     progress: Progress = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Weight a layer's channels by the score of the input as each of them masks it.
 
@@ -112,7 +109,7 @@ def score_cam(
     `vmap`.
 
     Args:
-        params, model, x, target, layer, at, tokens, output, strict: See `grad_cam`; `x` is one tensor.
+        params, model, x, target, layer, tokens, output: See `grad_cam`; `x` is one tensor.
         chunk_size: Masks scored together; `None` means all.
         progress: Called with (masks done, masks in all).
 
@@ -134,7 +131,7 @@ def score_cam(
     def vary(x: Tensor, masks: Tensor, sample: Tensor) -> Tensor:
         return masks * x
 
-    return _scored_masks(params, model, x, target, layer, at, tokens, output, 1, chunk_size, progress, vary)
+    return _scored_masks(params, model, x, target, layer, tokens, output, 1, chunk_size, progress, vary)
 
 
 @public
@@ -144,8 +141,7 @@ def ss_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     samples: int = 10,
     noise: float = 2.0,
@@ -153,8 +149,7 @@ def ss_cam(
     seed: Seed = 0,
     chunk_size: int | None = 32,
     progress: Progress = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Weight a layer's channels as Score-CAM does, by the mean score over noisy masks.
 
@@ -165,7 +160,7 @@ def ss_cam(
     as many forwards as the layer has channels, times `samples`.
 
     Args:
-        params, model, x, target, layer, at, tokens, chunk_size, progress, output, strict: See `score_cam`.
+        params, model, x, target, layer, tokens, chunk_size, progress, output: See `score_cam`.
         samples: Noisy masks a channel.
         noise: Standard deviation, in units of the mask, or of the input.
         place: ``"mask"`` or ``"input"``.
@@ -194,7 +189,7 @@ def ss_cam(
         covered = masks * x
         return covered + noise * normal(seed, sample, covered.shape[2:], covered.dtype).unsqueeze(1)
 
-    return _scored_masks(params, model, x, target, layer, at, tokens, output, samples, chunk_size, progress, vary)
+    return _scored_masks(params, model, x, target, layer, tokens, output, samples, chunk_size, progress, vary)
 
 
 @public
@@ -204,14 +199,12 @@ def is_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     samples: int = 10,
     chunk_size: int | None = 32,
     progress: Progress = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Weight a layer's channels as Score-CAM does, by the mean score over masks of growing strength.
 
@@ -222,7 +215,7 @@ def is_cam(
     times `samples`.
 
     Args:
-        params, model, x, target, layer, at, tokens, chunk_size, progress, output, strict: See `score_cam`.
+        params, model, x, target, layer, tokens, chunk_size, progress, output: See `score_cam`.
         samples: Strengths of each mask.
 
     Returns:
@@ -244,7 +237,7 @@ def is_cam(
         strength = ((sample + 1) * (sample + 2) / (2 * samples)).to(masks.dtype)
         return strength.reshape(-1, *[1] * (masks.ndim - 1)) * masks * x
 
-    return _scored_masks(params, model, x, target, layer, at, tokens, output, samples, chunk_size, progress, vary)
+    return _scored_masks(params, model, x, target, layer, tokens, output, samples, chunk_size, progress, vary)
 
 
 @public
@@ -254,14 +247,12 @@ def ablation_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     chunk_size: int | None = 32,
     progress: Progress = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Weight a layer's channels by how much the score falls without them.
 
@@ -271,7 +262,7 @@ def ablation_cam(
     As many forwards as the layer has channels, and one; all targets share them under `vmap`.
 
     Args:
-        params, model, x, target, layer, at, tokens, rules, output, strict: See `grad_cam`.
+        params, model, x, target, layer, tokens, rules, output: See `grad_cam`.
         chunk_size: Channels left out together; `None` means all.
         progress: Called with (channels done, channels in all).
 
@@ -294,7 +285,8 @@ def ablation_cam(
         Desai & Ramaswamy, Ablation-CAM: Visual Explanations for Deep Convolutional Network via Gradient-free
         Localization, 2020, eq. 3.
     """
-    whole = pullback(params, model, x, layer=layer, at=at, output=output, table=table_of(rules), strict=strict)
+    call = Call.bind(params, model, x, layer, table_of(rules), output)
+    whole = call.pullback()
     activation, *more = whole.activations
     if more:
         raise ValueError(f"`layer` names `{layer}`, called {1 + len(more)} times: choose a call, such as `{layer}#0`.")
@@ -305,10 +297,7 @@ def ablation_cam(
         index = torch.tensor(list(indices), device=activation.device)
         kept = (torch.arange(activation.shape[axis], device=index.device) != index[:, None]).to(activation.dtype)
         kept = kept.reshape(len(index), 1, *[-1 if k == axis else 1 for k in range(1, activation.ndim)])
-        given = [folded(kept * activation)]
-        copies = each(lambda v: repeated(v, len(index), batch), x)
-        pulled = pullback(params, model, copies, layer=layer, at=at, output=output, table=table_of(rules), given=given)
-        return score(pulled.output, targets)
+        return score(call.at([kept * activation]).pullback().output, targets)
 
     without = _scores_of(batch, target, laid_out.shape[1], chunk_size, progress, scored)
     before = score(whole.output, target)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pullback import maps
+from pullback._core.call import Call
 from pullback._core.entry import public
-from pullback._core.forward import run
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
 from pullback.attribution.cam._channels import Tokens, ratio
 from pullback.attribution.cam.by_gradient import grad_cam, layer_cam
 from pullback.attribution.gradients import guided_backprop
@@ -30,8 +30,7 @@ def finer_cam(
     method: Method = grad_cam,
     others: int = 3,
     strength: float = 1.0,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     **options: Any,
 ) -> Any:
     r"""Explain what sets the target apart from the classes that score most like it.
@@ -42,7 +41,7 @@ def finer_cam(
     pytorch-grad-cam weights them by their probabilities. Costs a forward and what `method` costs.
 
     Args:
-        params, model, x, target, output, strict: See `gradient`; `target` is an index.
+        params, model, x, target, output: See `gradient`; `target` is an index.
         method: Any method ``method(params, model, x, target, **options)``.
         others: How many classes to compare with.
         strength: Their share, lambda.
@@ -64,7 +63,7 @@ def finer_cam(
     Reference:
         Zhang, Gu, Chowdhury, Mai, Carlyn, Berger-Wolf, Su & Chao, Finer-CAM, 2025, sec. 3.2.
     """
-    found = run(params, model, x, output=output)
+    found = Call.bind(params, model, x, output=output).forward()
     hot = cotangent(found, target)
     if found.ndim != 2 or callable(target) or not 1 <= others < found.shape[1]:
         raise ValueError(
@@ -74,7 +73,7 @@ def finer_cam(
     distance = (found - (hot * found).sum(1, keepdim=True)).abs() + torch.where(hot == 1, torch.inf, 0.0)
     near = torch.zeros_like(found).scatter(1, distance.detach().argsort(dim=1)[:, :others], 1.0)
     difference = hot - strength / others * near
-    return method(params, model, x, difference, output=output, strict=strict, **options)
+    return method(params, model, x, difference, output=output, **options)
 
 
 @public
@@ -87,8 +86,7 @@ def fused_cam(
     layers: Sequence[str],
     method: Method = layer_cam,
     scale: float = 2.0,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     **options: Any,
 ) -> Tensor:
     r"""Join the maps of several layers by their maximum.
@@ -99,7 +97,7 @@ def fused_cam(
     Costs what `method` costs, a layer.
 
     Args:
-        params, model, x, target, output, strict: See `gradient`.
+        params, model, x, target, output: See `gradient`.
         layers: Names of the layers.
         method: Any method that takes `layer` and returns a map that is not negative.
         scale: The factor, gamma.
@@ -122,7 +120,7 @@ def fused_cam(
     Reference:
         Jiang et al., LayerCAM: Exploring Hierarchical Class Activation Maps for Localization, 2021, sec. III-C.
     """
-    stack = _maps_at(layers, method, params, model, x, target, output=output, strict=strict, **options)
+    stack = _maps_at(layers, method, params, model, x, target, output=output, **options)
     peak = stack.amax(tuple(range(2, stack.ndim)), keepdim=True)
     return torch.tanh(scale * ratio(stack, peak.expand_as(stack))).amax(0)
 
@@ -136,8 +134,7 @@ def refine_cam(
     *,
     layers: Sequence[str],
     method: Method = layer_cam,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     **options: Any,
 ) -> Tensor:
     r"""Join the maps of several layers by their product: fine detail from shallow layers where deep layers agree.
@@ -147,7 +144,7 @@ def refine_cam(
     each scaled to [0, 1] and resized to the finest of them. Costs what `method` costs, a layer.
 
     Args:
-        params, model, x, target, layers, method, output, strict, **options: See `fused_cam`.
+        params, model, x, target, layers, method, output, **options: See `fused_cam`.
 
     Returns:
         Map ``[batch 1 ...]`` at the finest layer's resolution, in [0, 1].
@@ -163,7 +160,7 @@ def refine_cam(
     Reference:
         How to Evaluate and Refine your CAM, 2026, sec. 5.
     """
-    stack = _maps_at(layers, method, params, model, x, target, output=output, strict=strict, **options)
+    stack = _maps_at(layers, method, params, model, x, target, output=output, **options)
     return maps.normalise(stack.flatten(0, 1)).unflatten(0, stack.shape[:2]).prod(0)
 
 
@@ -186,14 +183,12 @@ def guided_grad_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     method: Method = guided_backprop,
     map_method: Method = grad_cam,
     resize_mode: str = "bilinear",
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Multiply guided backprop by Grad-CAM: fine detail where the class is.
 
@@ -202,7 +197,7 @@ def guided_grad_cam(
     Costs 2 gradients. The detail is guided backprop's, which changes little when weights are randomised.
 
     Args:
-        params, model, x, target, layer, at, tokens, output, strict: See `grad_cam`; `x` is one tensor.
+        params, model, x, target, layer, tokens, output: See `grad_cam`; `x` is one tensor.
         method: Any attribution shaped like `x`.
         map_method: Any method that takes `layer` and returns a map.
         resize_mode: How the map grows to the size of `x`: see `pullback.maps.resize`.
@@ -223,6 +218,6 @@ def guided_grad_cam(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"`x` must be one tensor, got {type(x).__name__}.")
-    fine = method(params, model, x, target, output=output, strict=strict)
-    map = map_method(params, model, x, target, layer=layer, at=at, tokens=tokens, output=output, strict=strict)
+    fine = method(params, model, x, target, output=output)
+    map = map_method(params, model, x, target, layer=layer, tokens=tokens, output=output)
     return fine * (map if map.shape[2:] == x.shape[2:] else maps.resize(map, x.shape[2:], resize_mode))

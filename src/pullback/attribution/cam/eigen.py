@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pullback._core.call import Call
 from pullback._core.entry import public
 from pullback._core.targets import score
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback._core.vjp import pullback
+from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
 from pullback._torch.internals import eye
 from pullback.attribution.cam._channels import Tokens, gridded
 from pullback.attribution.cam.by_gradient import pulled_map
@@ -22,11 +22,9 @@ def eigen_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Project a layer's activation onto its first principal component.
 
@@ -37,7 +35,7 @@ def eigen_cam(
     does not say whether means over positions are taken off; they are. Costs 1 forward.
 
     Args:
-        params, model, x, target, layer, at, tokens, output, strict: See `grad_cam`.
+        params, model, x, target, layer, tokens, output: See `grad_cam`.
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, signed, with mean 0.
@@ -52,8 +50,9 @@ def eigen_cam(
     Reference:
         Muhammad & Yeasin, Eigen-CAM: Class Activation Map Using Principal Components, 2020, sec. III.
     """
-    pulled = pullback(params, model, x, layer=layer, at=at, output=output, strict=strict)
-    whole = pulled.rebuild([principal(gridded(a, x, tokens)) for a in pulled.activations])
+    call = Call.bind(params, model, x, layer, None, output)
+    pulled = call.pullback()
+    whole = call.like([principal(gridded(a, x, tokens)) for a in pulled.activations])
     nothing = 0 * score(pulled.output, target)  # NaN for a target that is no class
     return whole + nothing.reshape(-1, *[1] * (whole.ndim - 1))
 
@@ -65,12 +64,10 @@ def eigen_grad_cam(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     tokens: Tokens = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Tensor:
     r"""Project activation times gradient onto its first principal component.
 
@@ -79,7 +76,7 @@ def eigen_grad_cam(
     As `eigen_cam`, with the target's say. Costs 1 gradient at most.
 
     Args:
-        params, model, x, target, layer, at, tokens, rules, output, strict: See `grad_cam`.
+        params, model, x, target, layer, tokens, rules, output: See `grad_cam`.
 
     Returns:
         Map ``[batch 1 ...]`` at the layer's resolution, signed, with mean 0.
@@ -97,19 +94,19 @@ def eigen_grad_cam(
     def weigh(activation: Tensor, gradient: Tensor) -> Tensor:
         return principal(activation * gradient)
 
-    return pulled_map(params, model, x, target, layer, at, tokens, rules, output, strict, weigh)
+    return pulled_map(params, model, x, target, layer, tokens, rules, output, weigh)
 
 
 def principal(features: Tensor) -> Tensor:
     """Project ``[batch channel ...]`` onto its first principal component over positions, ``[batch 1 ...]``."""
     centred = features.flatten(2) - features.flatten(2).mean(2, keepdim=True)
     wide = centred.to(torch.promote_types(centred.dtype, torch.float32))
-    OperationMode = wide.shape[1] > wide.shape[2]  # the smaller of the two matrices has the same eigenvalues
+    transposed = wide.shape[1] > wide.shape[2]  # the smaller of the two matrices has the same eigenvalues
     with torch.autocast(wide.device.type, enabled=False):  # which multiplies in half the precision
-        gram = wide.mT @ wide if OperationMode else wide @ wide.mT
+        gram = wide.mT @ wide if transposed else wide @ wide.mT
         axis = _leading(gram)
         line = axis.unsqueeze(1)
-        map = line * (wide @ axis.unsqueeze(2)).norm(dim=1, keepdim=True) if OperationMode else line @ wide
+        map = line * (wide @ axis.unsqueeze(2)).norm(dim=1, keepdim=True) if transposed else line @ wide
     peak = map.gather(2, map.abs().argmax(2, keepdim=True))
     return (map * peak.detach().sign()).to(features.dtype).unflatten(2, features.shape[2:])
 

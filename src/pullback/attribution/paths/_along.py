@@ -1,89 +1,25 @@
-"""What runs along a path, and where it leads from and to."""
+"""Where paths start and end, what is summed along them, and how far their sum is from complete."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pullback._core.forward import activations
-from pullback._core.inputs import InputTree, folded, repeated, unfolded
-from pullback._core.targets import cotangent, score
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback._core.vjp import Pulled, pullback
-from pullback._ops.dispatch import Table
-from pullback.attribution.paths._quadrature import Tensors
+from pullback._core.call import Call, InputTree
+from pullback._core.types import Target, Tensors
+from pullback.attribution.paths._quadrature import Term
 
 
-@dataclass(frozen=True)
-class Course:
-    """What runs along a path: the model and its target, from the input or from a layer on."""
-
-    params: Params
-    model: Model
-    x: Inputs
-    target: Target
-    output: Select
-    table: Table | None
-    strict: bool
-    layer: str = ""
-    at: str = "output"
-
-    def place(self, x: Inputs) -> tuple[Tensor, ...]:
-        """Give where `x` lies: its tensors, or the layer's activations."""
-        return activations(self.params, self.model, x, self.layer, self.at)
-
-    def pulled(self, points: Tensors) -> tuple[Pulled, Target]:
-        """Run the model at points ``[point batch ...]``; give the target of each as well."""
-        tree, count = InputTree(self.x), len(points[0])
-        given = [folded(point) for point in points]
-
-        def each_point(v: Any) -> Any:
-            return repeated(v, count, tree.batch)
-
-        x = tree.rebuild([each_point(t) for t in tree.tensors] if self.layer else given, each_point)
-        where = {"layer": self.layer, "at": self.at, "output": self.output, "table": self.table, "strict": self.strict}
-        return pullback(self.params, self.model, x, **where, given=given), each_point(self.target)
-
-    def slopes(self, points: Tensors) -> tuple[Tensor, list[Tensor]]:
-        """Give scores ``[point batch]`` and gradients ``[point batch ...]`` at points ``[point batch ...]``."""
-        pulled, target = self.pulled(points)
-        slopes = pulled.pull(cotangent(pulled.output, target))
-        count = len(points[0])
-        return unfolded(score(pulled.output, target), count), [unfolded(g, count) for g in slopes]
-
-    def shares(self, points: Tensors, velocities: Tensors) -> list[Tensor]:
-        """Give velocity times gradient: what each entry adds to the score on its way."""
-        return [v * g for v, g in zip(velocities, self.slopes(points)[1], strict=True)]
-
-    def scores(self, points: Tensors) -> Tensor:
-        """Give scores ``[point batch]``."""
-        pulled, target = self.pulled(points)
-        return unfolded(score(pulled.output, target), len(points[0]))
-
-    def result(self, attributions: Tensors) -> Any:
-        """Give attributions the structure of `x`; at a layer, the sum over its calls."""
-        if not self.layer:
-            return InputTree(self.x).rebuild(attributions, lambda v: None)
-        if any(a.shape != attributions[0].shape for a in attributions):
-            raise ValueError(
-                f"`layer` names `{self.layer}`, whose calls have activations of different shapes: choose one, "
-                f"`{self.layer}#0` to `{self.layer}#{len(attributions) - 1}`."
-            )
-        return sum(attributions[1:], attributions[0])
-
-
-def needs_floating(x: Inputs) -> None:
-    if not InputTree(x).floating:
+def needs_floating(tree: InputTree) -> None:
+    if not tree.floating:
         raise TypeError("`x` holds no floating-point tensor, so no path leads to it. Name a `layer`, or cast `x`.")
 
 
-def starts_of(x: Inputs, baseline: Any) -> list[Any]:
-    """Give the baselines, each with the structure of `x` and broadcast to it; a list means several."""
-    tree = InputTree(x)
+def starts_of(tree: InputTree, baseline: Any) -> list[Any]:
+    """Return the baselines, each with the structure of `x` and broadcast to it; a list means several."""
     several = baseline if isinstance(baseline, list) else [baseline]
     if not several:
         raise ValueError("`baseline` must not be an empty list.")
@@ -91,7 +27,7 @@ def starts_of(x: Inputs, baseline: Any) -> list[Any]:
 
 
 def _start(tree: InputTree, baseline: Any) -> Any:
-    """Give a baseline the structure and the shapes of `x`; what it leaves out is 0, or an integer of `x` as it is."""
+    """Give a baseline the structure and the shapes of `x`; what it tree out is 0, or an integer of `x` as it is."""
     if isinstance(tree.x, Tensor):
         return _broadcast(baseline, tree.x) if tree.floating or baseline is not None else tree.x
     given = dict(baseline or {}) if isinstance(tree.x, dict) else dict(enumerate(baseline or ()))
@@ -115,18 +51,29 @@ def _broadcast(baseline: Any, value: Tensor) -> Tensor:
         raise ValueError(f"`baseline` must broadcast to `x`, {list(value.shape)}, got {list(start.shape)}.") from None
 
 
-def ends_of(course: Course, baseline: Any) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Give the places where the paths start, and where they end."""
-    if not course.layer:
-        needs_floating(course.x)
-    end = course.place(course.x)
-    if baseline is None and course.layer and not InputTree(course.x).floating:
+def ends_of(call: Call, baseline: Any) -> tuple[list[Tensors], Tensors]:
+    """Return where the paths start and where they end: tensors of `x`, or activations of the call's layer."""
+    if call.layer is None:
+        needs_floating(call.x)
+    end = call.activations()
+    if baseline is None and call.layer is not None and not call.x.floating:
         return [tuple(torch.zeros_like(a) for a in end)], end
-    return [course.place(start) for start in starts_of(course.x, baseline)], end
+    return [call.on(start).activations() for start in starts_of(call.x, baseline)], end
 
 
-def convergence_delta(course: Course, attributions: Tensors, starts: Sequence[Tensors], end: Tensors) -> Tensor:
-    """Sum of the attributions, less the difference in score between the end and the mean start."""
+def slope_along(call: Call, target: Target) -> Term:
+    """Velocity times gradient: what each number adds to the score on its way along a path."""
+
+    def term(points: Sequence[Tensor], velocities: Sequence[Tensor]) -> list[Tensor]:
+        return [v * g for v, g in zip(velocities, call.at(points).gradients(target), strict=True)]
+
+    return term
+
+
+def convergence_delta(
+    call: Call, target: Target, attributions: Sequence[Tensor], starts: Sequence[Tensors], end: Tensors
+) -> Tensor:
+    """Sum the attributions, and subtract the difference in score between the end and the mean start, ``[batch]``."""
     total = sum(a.flatten(1).sum(1) for a in attributions)
-    first = [torch.stack(t) for t in zip(*starts, strict=True)]
-    return total - (course.scores([t.unsqueeze(0) for t in end])[0] - course.scores(first).mean(0))
+    first = call.at([torch.stack(t) for t in zip(*starts, strict=True)]).scores(target).mean(0)
+    return total - (call.at([t.unsqueeze(0) for t in end]).scores(target)[0] - first)

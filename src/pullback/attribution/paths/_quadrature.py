@@ -9,22 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress
 from pullback._core.many.copies import copies
+from pullback._core.types import ChunkSize, Progress
 from pullback._torch.levels import jvp
 
 Path: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
-Tensors: TypeAlias = "Sequence[Tensor]"
-Point: TypeAlias = "tuple[Tensors, Tensors]"
+Point: TypeAlias = "tuple[Sequence[Tensor], Sequence[Tensor]]"  # a point and the velocity there
+Term: TypeAlias = "Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]"
 Quadrature = Literal["gauss_legendre", "riemann_left", "riemann_right", "riemann_middle", "trapezoid"]
 
 
 def integral(
-    term: Callable[[Tensors, Tensors], Tensors],
+    term: Term,
     point: Callable[[int], Point],
     weights: Sequence[float],
     chunk_size: ChunkSize,
-    like: Tensors,
+    like: Sequence[Tensor],
     progress: Progress = None,
 ) -> list[Tensor]:
     """Sum weight times term over the points of a path.
@@ -57,7 +57,7 @@ def straight(start: Tensor, end: Tensor, alpha: Tensor) -> Tensor:
     return start + alpha * (end - start)
 
 
-def on_path(path: Path, starts: Tensors, ends: Tensors, alpha: float) -> Point:
+def on_path(path: Path, starts: Sequence[Tensor], ends: Sequence[Tensor], alpha: float) -> Point:
     """Give a path's point and velocity at `alpha`."""
     if path is straight:
         points = [start + alpha * (end - start) for start, end in zip(starts, ends, strict=True)]

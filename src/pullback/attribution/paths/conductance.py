@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp
 
-from pullback._core.batching import ChunkSize, Progress
+from pullback._core.call import Call, InputTree
 from pullback._core.entry import public
-from pullback._core.forward import activations
-from pullback._core.inputs import InputTree, folded, repeated, unfolded
-from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback._core.vjp import pullback
+from pullback._core.inputs import folded, unfolded
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target, Tensors
 from pullback._torch.levels import jvp
-from pullback.attribution.paths._along import Course, needs_floating, starts_of
+from pullback.attribution.paths._along import needs_floating, starts_of
 from pullback.attribution.paths._quadrature import (
     Path,
     Point,
     Quadrature,
-    Tensors,
     integral,
     on_path,
     quadrature_of,
@@ -38,8 +34,7 @@ def internal_influence(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     baseline: Any = None,
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
@@ -47,8 +42,7 @@ def internal_influence(
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Any:
     r"""Average the gradient at a layer along the path of inputs from a baseline.
 
@@ -57,7 +51,7 @@ def internal_influence(
     Costs `steps` gradients.
 
     Args:
-        params, model, x, target, layer, at, rules, output, strict: See `gradient`.
+        params, model, x, target, layer, rules, output: See `gradient`.
         baseline, steps, quadrature, path, chunk_size, progress: See `integrated_gradients`; the mean over several
             baselines.
 
@@ -74,13 +68,14 @@ def internal_influence(
     Reference:
         Leino et al., Influence-Directed Explanations for Deep Convolutional Networks, 2018, def. 1.
     """
-    tour = _Tour(params, model, x, target, output, table_of(rules), strict, layer, at)
+    call = Call.bind(params, model, x, "", table_of(rules), output)
+    place = Layer.of(layer)
 
-    def term(points: Tensors, velocities: Tensors) -> Tensors:
-        return tour.layer_slopes(points)
+    def term(points: Sequence[Tensor], velocities: Sequence[Tensor]) -> Sequence[Tensor]:
+        return call.at(points).to(place).gradients(target)
 
-    along = _along(x, baseline, steps, quadrature, path)
-    return tour.result(integral(term, *along, chunk_size, InputTree(x).tensors, progress))
+    along = _along(call.x, baseline, steps, quadrature, path)
+    return call.to(place).like(integral(term, *along, chunk_size, call.x.tensors, progress))
 
 
 @public
@@ -90,8 +85,7 @@ def conductance(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
-    at: str = "output",
+    layer: str | Layer,
     baseline: Any = None,
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
@@ -99,8 +93,7 @@ def conductance(
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Any:
     r"""Give each neuron of a layer the share of the integrated gradients that flows through it.
 
@@ -112,7 +105,7 @@ def conductance(
     take differences of activations between points. Costs `steps` gradients and as many forwards with tangents.
 
     Args:
-        params, model, x, target, layer, at, rules, output, strict: See `gradient`.
+        params, model, x, target, layer, rules, output: See `gradient`.
         baseline, steps, quadrature, path, chunk_size, progress: See `integrated_gradients`; the mean over several
             baselines.
 
@@ -130,14 +123,16 @@ def conductance(
         Dhamdhere, Sundararajan & Yan, How Important Is a Neuron?, 2019, eq. 3. Shrikumar, Su & Kundaje, Computationally
         Efficient Measures of Internal Neuron Importance, 2018 (the first form).
     """
-    tour = _Tour(params, model, x, target, output, table_of(rules), strict, layer, at)
+    call = Call.bind(params, model, x, "", table_of(rules), output)
+    place = Layer.of(layer)
 
-    def term(points: Tensors, velocities: Tensors) -> Tensors:
-        speeds = tour.speeds(points, velocities)
-        return [s * g for s, g in zip(speeds, tour.layer_slopes(points), strict=True)]
+    def term(points: Sequence[Tensor], velocities: Sequence[Tensor]) -> Sequence[Tensor]:
+        there = call.at(points).to(place)
+        velocities_there = _pushed(there, velocities)
+        return [v * g for v, g in zip(velocities_there, there.gradients(target), strict=True)]
 
-    along = _along(x, baseline, steps, quadrature, path)
-    return tour.result(integral(term, *along, chunk_size, InputTree(x).tensors, progress))
+    along = _along(call.x, baseline, steps, quadrature, path)
+    return call.to(place).like(integral(term, *along, chunk_size, call.x.tensors, progress))
 
 
 @public
@@ -147,9 +142,8 @@ def neuron_conductance(
     x: Inputs,
     target: Target,
     *,
-    layer: str,
+    layer: str | Layer,
     neuron: tuple[int, ...] | Tensor,
-    at: str = "output",
     baseline: Any = None,
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
@@ -157,8 +151,7 @@ def neuron_conductance(
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Any:
     r"""Share one neuron's conductance out over the input.
 
@@ -168,7 +161,7 @@ def neuron_conductance(
     Costs `steps` gradients and as many again from the layer down.
 
     Args:
-        params, model, x, target, layer, at, rules, output, strict: See `gradient`.
+        params, model, x, target, layer, rules, output: See `gradient`.
         neuron: Place in the activation of one example, such as (channel, row, column); or weights that broadcast to the
             activation, for several neurons at once and for `vmap` over neurons.
         baseline, steps, quadrature, path, chunk_size, progress: See `integrated_gradients`; the mean over several
@@ -190,22 +183,23 @@ def neuron_conductance(
     Reference:
         Dhamdhere, Sundararajan & Yan, How Important Is a Neuron?, 2019, eq. 2.
     """
-    tour = _Tour(params, model, x, target, output, table_of(rules), strict, layer, at)
+    call = Call.bind(params, model, x, "", table_of(rules), output)
+    place = Layer.of(layer)
 
-    def term(points: Tensors, velocities: Tensors) -> Tensors:
-        slopes = [folded(g) for g in tour.layer_slopes(points)]
+    def term(points: Sequence[Tensor], velocities: Sequence[Tensor]) -> Sequence[Tensor]:
+        there = call.at(points).to(place)
+        slopes = [folded(g) for g in there.gradients(target)]
         if len(slopes) > 1:
             raise ValueError(
                 f"`layer` names `{layer}`, called {len(slopes)} times: choose a call, such as `{layer}#0`."
             )
         chosen = slopes[0] * _weights_of(neuron, slopes[0])
-        pull = vjp(lambda *tensors: tour.activations(tensors)[0], *map(folded, points))[1]
-        down = [unfolded(g, len(points[0])) for g in pull(chosen)]
+        pull = vjp(lambda *tensors: _activations(there, tensors)[0], *there.x.tensors)[1]
+        down = [unfolded(g, there.copies) for g in pull(chosen)]
         return [v * g for v, g in zip(velocities, down, strict=True)]
 
-    along = _along(x, baseline, steps, quadrature, path)
-    attributions = integral(term, *along, chunk_size, InputTree(x).tensors, progress)
-    return InputTree(x).rebuild(attributions, lambda v: None)
+    along = _along(call.x, baseline, steps, quadrature, path)
+    return call.like(integral(term, *along, chunk_size, call.x.tensors, progress))
 
 
 def _weights_of(neuron: tuple[int, ...] | Tensor, activation: Tensor) -> Tensor:
@@ -220,53 +214,37 @@ def _weights_of(neuron: tuple[int, ...] | Tensor, activation: Tensor) -> Tensor:
     return hot
 
 
-class _Tour(Course):
-    """A course whose points are inputs, and whose gradients are taken at a layer."""
-
-    def inputs(self, tensors: Tensors) -> tuple[Any, int]:
-        tree = InputTree(self.x)
-        count = len(tensors[0]) // tree.batch
-        return tree.rebuild(tensors, lambda v: repeated(v, count, tree.batch)), count
-
-    def activations(self, tensors: Tensors) -> tuple[Tensor, ...]:
-        """Give the layer's activations at inputs ``[(point batch) ...]``."""
-        return activations(self.params, self.model, self.inputs(tensors)[0], self.layer, self.at)
-
-    def layer_slopes(self, points: Tensors) -> list[Tensor]:
-        """Give the gradients at the layer, ``[point batch ...]``, for inputs ``[point batch ...]``."""
-        x, count = self.inputs([folded(p) for p in points])
-        where = {"layer": self.layer, "at": self.at, "output": self.output, "table": self.table, "strict": self.strict}
-        pulled = pullback(self.params, self.model, x, **where)
-        slopes = pulled.pull(cotangent(pulled.output, repeated(self.target, count, InputTree(self.x).batch)))
-        return [unfolded(g, count) for g in slopes]
-
-    def speeds(self, points: Tensors, velocities: Tensors) -> list[Tensor]:
-        """Give the derivative of the layer's activations as the input moves."""
-        primals, tangents = (tuple(folded(t) for t in tensors) for tensors in (points, velocities))
-        speeds = _pushed(lambda *tensors: self.activations(tensors), primals, tangents)
-        return [unfolded(s, len(points[0])) for s in speeds]
+def _activations(call: Call, tensors: Sequence[Tensor]) -> Tensors:
+    """Return the activations of the call's layer for other floating-point members of its input."""
+    return call.on(call.x.rebuild(tensors, lambda v: v)).activations()
 
 
-def _pushed(
-    function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Push tangents forward; where torch cannot (an LSTM on a CPU in float32), as the transpose of the pull."""
+def _pushed(call: Call, velocities: Sequence[Tensor]) -> list[Tensor]:
+    """Return the derivative of the layer's activations, ``[copy batch ...]``, as the input moves.
+
+    Where torch has no forward mode (an LSTM on a CPU in float32), it is the transpose of the pull.
+    """
+    primals, tangents = call.x.tensors, tuple(folded(v) for v in velocities)
+
+    def function(*tensors: Tensor) -> Tensors:
+        return _activations(call, tensors)
+
     try:
-        return jvp(function, primals, tangents)[1]
+        moved = jvp(function, primals, tangents)[1]
     except NotImplementedError:
         outputs, pull = vjp(function, *primals)  # pyright: ignore[reportAssignmentType]
         zeros = tuple(torch.zeros_like(output) for output in outputs)
-        return vjp(lambda *cotangents: pull(cotangents), *zeros)[1](tangents)  # pyright: ignore[reportReturnType]
+        moved = vjp(lambda *cotangents: pull(cotangents), *zeros)[1](tangents)
+    return [unfolded(m, call.copies) for m in moved]
 
 
-def _along(x: Inputs, baseline: Any, steps: int, quadrature: str, path: Path) -> tuple[Any, list[float]]:
-    """Give the points of the paths from the baselines to `x`, and their weights."""
+def _along(tree: InputTree, baseline: Any, steps: int, quadrature: str, path: Path) -> tuple[Any, list[float]]:
+    """Return the points of the paths from the baselines to `x`, and their weights."""
     nodes, weights = quadrature_of(quadrature, steps)
-    end = InputTree(x).tensors
-    needs_floating(x)
-    starts = [InputTree(start).tensors for start in starts_of(x, baseline)]
+    needs_floating(tree)
+    starts = [InputTree(start).tensors for start in starts_of(tree, baseline)]
 
     def point(k: int) -> Point:
-        return on_path(path, starts[k // steps], end, nodes[k % steps])
+        return on_path(path, starts[k // steps], tree.tensors, nodes[k % steps])
 
     return point, [w / len(starts) for w in weights] * len(starts)

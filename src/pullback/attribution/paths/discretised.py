@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress
+from pullback._core.call import Call
 from pullback._core.entry import public
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback.attribution.paths._along import Course, ends_of
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
+from pullback.attribution.paths._along import ends_of, slope_along
 from pullback.attribution.paths._quadrature import Point, integral
 from pullback.rules._table import Rules, table_of
 
@@ -23,8 +23,7 @@ def discretised_integrated_gradients(
     target: Target,
     *,
     words: Tensor,
-    layer: str = "",
-    at: str = "output",
+    layer: str | Layer = "",
     baseline: Any = None,
     steps: int = 30,
     neighbours: int = 50,
@@ -32,8 +31,7 @@ def discretised_integrated_gradients(
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Any:
     r"""Integrate the gradient along paths between words that pass near words.
 
@@ -46,9 +44,9 @@ def discretised_integrated_gradients(
     between input and baseline, up to the error of the trapezoidal sum. Costs `steps` gradients.
 
     Args:
-        params, model, x, target, rules, output, strict: See `gradient`.
+        params, model, x, target, rules, output: See `gradient`.
         words: The embeddings, ``[word channel]``, such as ``params["embed.weight"]``.
-        layer, at: Where the embeddings ``[batch token channel]`` are; ``""`` where `x` holds them.
+        layer: Where the embeddings ``[batch token channel]`` are; ``""`` where `x` holds them.
         baseline, chunk_size, progress: See `integrated_gradients`; one baseline.
         steps: Steps of the path.
         neighbours: Words to choose from at each step.
@@ -78,8 +76,8 @@ def discretised_integrated_gradients(
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if strategy not in ("greedy", "max_count"):
         raise ValueError(f"`strategy` must be 'greedy' or 'max_count', got {strategy!r}.")
-    course = Course(params, model, x, target, output, table_of(rules), strict, layer, at)
-    (start, *_), end = ends_of(course, baseline)
+    call = Call.bind(params, model, x, layer, table_of(rules), output)
+    (start, *_), end = ends_of(call, baseline)
     if len(end) != 1 or words.ndim != 2 or end[0].shape[-1] != words.shape[-1]:
         shapes = ", ".join(str(list(t.shape)) for t in end)
         raise ValueError(f"`words` must be [word channel] for embeddings {shapes}, got {list(words.shape)}.")
@@ -91,7 +89,7 @@ def discretised_integrated_gradients(
         before, after = (steps_taken[j] if 0 <= j < steps else none for j in (k - 1, k))
         return [places[k]], [(before + after) / 2]
 
-    return course.result(integral(course.shares, point, (1.0,) * (steps + 1), chunk_size, end, progress))
+    return call.like(integral(slope_along(call, target), point, (1.0,) * (steps + 1), chunk_size, end, progress))
 
 
 def _word_path(end: Tensor, start: Tensor, words: Tensor, steps: int, neighbours: int, strategy: str) -> list[Tensor]:

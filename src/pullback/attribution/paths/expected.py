@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress
+from pullback._core.call import Call, InputTree
 from pullback._core.entry import public
-from pullback._core.inputs import InputTree
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, normal, uniform
-from pullback.attribution.paths._along import Course, needs_floating
+from pullback.attribution.paths._along import needs_floating, slope_along
 from pullback.attribution.paths._quadrature import (
     Point,
     integral,
@@ -31,13 +30,11 @@ def expected_gradients(
     samples: int = 50,
     noise: float = 0.0,
     seed: Seed = 0,
-    layer: str = "",
-    at: str = "output",
+    layer: str | Layer = "",
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Any:
     r"""Average integrated gradients over baselines, by random baselines and random points on their paths.
 
@@ -48,7 +45,7 @@ def expected_gradients(
     share the draws.
 
     Args:
-        params, model, x, target, layer, at, rules, output, strict: See `gradient`. At a layer the paths lead from the
+        params, model, x, target, layer, rules, output: See `gradient`. At a layer the paths lead from the
             baselines' activations to the input's.
         baselines: Data to draw from, with the structure of `x` and an axis of its own in the place of the batch:
             ``[baseline ...]``.
@@ -76,23 +73,24 @@ def expected_gradients(
     """
     if samples < 1:
         raise ValueError(f"`samples` must be at least 1, got {samples}.")
-    course, tree = Course(params, model, x, target, output, table_of(rules), strict, layer, at), InputTree(x)
-    if not layer:
-        needs_floating(x)
+    call = Call.bind(params, model, x, layer, table_of(rules), output)
+    tree = call.x
+    if call.layer is None:
+        needs_floating(tree)
     for key, t in zip(tree.floating, tree.tensors, strict=True):
         _check_pool(baselines if key is None else baselines[key], t)
-    data, end = course.place(baselines), course.place(x)
+    data, end = call.on(baselines).activations(), call.activations()
 
     def point(k: int) -> Point:
         index = torch.full((1,), k, device=end[0].device)
         alpha, choice = (uniform(seed, index, (), torch.float64, stream)[0] for stream in (0, 1))
         moved = noise and tree.floating
-        ends = course.place(_noisy(tree, noise, seed, index)) if moved else end
+        ends = call.on(_noisy(tree, noise, seed, index)).activations() if moved else end
         starts = [_drawn(pool, choice).to(e) for pool, e in zip(data, ends, strict=True)]
         velocities = [e - start for start, e in zip(starts, ends, strict=True)]
         return [s + alpha.to(v.dtype) * v for s, v in zip(starts, velocities, strict=True)], velocities
 
-    return course.result(integral(course.shares, point, (1 / samples,) * samples, chunk_size, end, progress))
+    return call.like(integral(slope_along(call, target), point, (1 / samples,) * samples, chunk_size, end, progress))
 
 
 def _noisy(tree: InputTree, noise: float, seed: Seed, index: Tensor) -> Any:

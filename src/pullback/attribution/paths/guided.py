@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._core.batching import Progress, report
+from pullback._core.batching import report
+from pullback._core.call import Call
 from pullback._core.entry import public
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback.attribution.paths._along import Course, ends_of
+from pullback._core.types import Inputs, Model, Output, Params, Progress, Target
+from pullback.attribution.paths._along import ends_of
 from pullback.rules._table import Rules, table_of
 
 
@@ -29,8 +30,7 @@ def guided_integrated_gradients(
     max_distance: float = 0.02,
     progress: Progress = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Any:
     r"""Integrate the gradient along a path that moves first the features with the smallest gradient.
 
@@ -41,7 +41,7 @@ def guided_integrated_gradients(
     sum over steps. Costs `steps` gradients, one after the other.
 
     Args:
-        params, model, x, target, rules, output, strict: See `gradient`.
+        params, model, x, target, rules, output: See `gradient`.
         baseline: See `integrated_gradients`; one baseline.
         steps: Steps of the path.
         fraction: Share of the features that moves at once.
@@ -69,19 +69,19 @@ def guided_integrated_gradients(
     for name, value in (("fraction", fraction), ("max_distance", max_distance)):
         if not 0 < value <= 1:
             raise ValueError(f"`{name}` must lie in (0, 1], got {value}.")
-    course = Course(params, model, x, target, output, table_of(rules), strict)
-    (start, *_), end = ends_of(course, baseline)
+    call = Call.bind(params, model, x, "", table_of(rules), output)
+    (start, *_), end = ends_of(call, baseline)
     shapes = [t.shape for t in end]
     start, end = (torch.cat([t.flatten(1) for t in tensors], 1) for tensors in (start, end))
     point, total = start, torch.zeros_like(start)
     for k in range(1, steps + 1):
         parts = _parts(point, shapes)
-        slope = torch.cat([g[0].flatten(1) for g in course.slopes([p.unsqueeze(0) for p in parts])[1]], 1)
-        moved = _input_factor(point, start, end, slope, k / steps, fraction, max_distance)
+        slope = torch.cat([g[0].flatten(1) for g in call.at([p.unsqueeze(0) for p in parts]).gradients(target)], 1)
+        moved = _move(point, start, end, slope, k / steps, fraction, max_distance)
         total = total + (moved - point) * slope
         point = moved
         report(progress, k, steps)
-    return course.result(_parts(total, shapes))
+    return call.like(_parts(total, shapes))
 
 
 def _parts(joined: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -90,7 +90,7 @@ def _parts(joined: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _input_factor(
+def _move(
     point: Tensor, start: Tensor, end: Tensor, slope: Tensor, alpha: float, fraction: float, max_distance: float
 ) -> Tensor:
     """Move the features with the smallest gradients, ``[batch feature]``, until `alpha` of the way is done."""

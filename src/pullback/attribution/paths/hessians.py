@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from pullback._core.batching import Progress, report
+from pullback._core.batching import report
+from pullback._core.call import Call, InputTree
 from pullback._core.entry import public
-from pullback._core.forward import run
 from pullback._core.targets import score
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import Inputs, Model, Output, Params, Progress, Target
 from pullback._ops.dispatch import Table
 from pullback._ops.norms import layer_norm
 from pullback._torch.internals import eye
@@ -38,8 +38,7 @@ def integrated_hessians(
     steps: int = 8,
     chunk_size: int | None = None,
     progress: Progress = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     method: Callable[..., Any] = integrated_gradients,
 ) -> Tensor:
     r"""Explain an explanation: integrated gradients of each entry of integrated gradients, the pairs' interactions.
@@ -51,7 +50,7 @@ def integrated_hessians(
     derivative. Costs about ``steps**2`` second-order gradients a feature.
 
     Args:
-        params, model, x, target, output, strict: See `gradient`; `x` is one tensor.
+        params, model, x, target, output: See `gradient`; `x` is one tensor.
         baseline, steps: See `integrated_gradients`; one baseline.
         chunk_size: Features whose row is pulled back together. All of them if omitted.
         progress: Called with (steps done, steps in all).
@@ -76,13 +75,15 @@ def integrated_hessians(
     if not isinstance(x, Tensor):
         raise TypeError(f"`x` must be one tensor, got {type(x).__name__}.")
     nodes, weights = quadrature_of("gauss_legendre", steps)
-    start = starts_of(x, baseline)[0]
-    score(run(params, model, x, output=output), target)  # finds an index that is no class: below it cannot be read
+    start = starts_of(InputTree(x), baseline)[0]
+    score(
+        Call.bind(params, model, x, output=output).forward(), target
+    )  # finds an index that is no class: below it cannot be read
     rows = eye(x[0].numel(), x).reshape(-1, 1, *x.shape[1:])
 
     def row_slopes(place: Tensor) -> Tensor:
         def attribution(place: Tensor) -> Tensor:
-            options = {"baseline": start, "steps": steps, "output": output, "strict": strict}
+            options = {"baseline": start, "steps": steps, "output": output}
             return method(params, model, place, target, rules=_SMOOTH, **options)
 
         a, pull = vjp(attribution, place)  # pyright: ignore[reportAssignmentType]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress
+from pullback._core.call import Call
 from pullback._core.entry import public
 from pullback._core.many.copies import copies
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback.attribution.paths._along import Course, ends_of
+from pullback._core.types import ChunkSize, Inputs, Model, Output, Params, Progress, Target
+from pullback.attribution.paths._along import ends_of
 from pullback.attribution.paths._quadrature import (
     Path,
-    Tensors,
     on_path,
     stacked,
     straight,
@@ -35,8 +35,7 @@ def idgi(
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Any:
     r"""Share out each step's change in score by the squared gradient: the part of a path that matters to the score.
 
@@ -47,7 +46,7 @@ def idgi(
     no gradient is zero. Costs `steps` gradients and a forward.
 
     Args:
-        params, model, x, target, rules, output, strict: See `gradient`.
+        params, model, x, target, rules, output: See `gradient`.
         baseline, path, chunk_size, progress: See `integrated_gradients`; one baseline.
         steps: Equal steps of the path.
 
@@ -66,12 +65,14 @@ def idgi(
     """
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
-    course = Course(params, model, x, target, output, table_of(rules), strict)
-    (start, *_), end = ends_of(course, baseline)
+    call = Call.bind(params, model, x, "", table_of(rules), output)
+    (start, *_), end = ends_of(call, baseline)
     total: list[Tensor] = []
     before: tuple[Tensor, list[Tensor]] | None = None  # score and shares of the last point of the chunk before
     for part in copies(steps + 1, chunk_size, end, progress):
-        scores, slopes = course.slopes(stacked([on_path(path, start, end, k / steps) for k in part])[0])
+        scores, slopes = call.at(stacked([on_path(path, start, end, k / steps) for k in part])[0]).scores_and_gradients(
+            target
+        )
         shares = _shares(slopes)
         if before is not None:
             scores = torch.cat([before[0], scores])
@@ -80,10 +81,10 @@ def idgi(
         moves = [(s[:-1] * change.reshape(*change.shape, *[1] * (s.ndim - 2))).sum(0) for s in shares]
         total = [a + b for a, b in zip(total, moves, strict=True)] if total else moves
         before = scores[-1:], [s[-1:] for s in shares]
-    return course.result(total)
+    return call.like(total)
 
 
-def _shares(slopes: Tensors) -> list[Tensor]:
+def _shares(slopes: Sequence[Tensor]) -> list[Tensor]:
     """Give squares of ``[point batch ...]`` that add up to 1 for each point and example, or to 0 where all are 0."""
     norm = sum(g.flatten(2).square().sum(2) for g in slopes)
     assert isinstance(norm, Tensor)

@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from pullback import maps
-from pullback._core.batching import ChunkSize, Progress
+from pullback._core.call import Call, InputTree
 from pullback._core.entry import public
-from pullback._core.inputs import InputTree
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback.attribution.paths._along import Course, convergence_delta, ends_of
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
+from pullback.attribution.paths._along import convergence_delta, ends_of, slope_along
 from pullback.attribution.paths._quadrature import (
     Path,
     Point,
@@ -36,13 +35,11 @@ def integrated_gradients(
     steps: int = 50,
     quadrature: Quadrature = "gauss_legendre",
     path: Path = straight,
-    layer: str = "",
-    at: str = "output",
+    layer: str | Layer = "",
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     return_info: bool = False,
 ) -> Any:
     r"""Integrate the gradient along a path from a baseline to the input, or to its activation at a layer.
@@ -55,7 +52,7 @@ def integrated_gradients(
     over targets the forwards are shared. Memory follows `chunk_size`, not `steps`.
 
     Args:
-        params, model, x, target, layer, at, rules, output, strict: See `gradient`. A cotangent as `target` is taken as
+        params, model, x, target, layer, rules, output: See `gradient`. A cotangent as `target` is taken as
             it is at each point.
         baseline: Start of the path, with the structure of `x`, broadcast to it. Zeros if omitted. A list means several,
             and the mean over them. With `layer`, the path starts at the baseline's activation, and integer members of
@@ -87,18 +84,20 @@ def integrated_gradients(
     Reference:
         Sundararajan, Taly & Yan, Axiomatic Attribution for Deep Networks, 2017, sec. 3.
     """
-    course = Course(params, model, x, target, output, table_of(rules), strict, layer, at)
+    call = Call.bind(params, model, x, layer, table_of(rules), output)
     nodes, weights = quadrature_of(quadrature, steps)
-    starts, end = ends_of(course, baseline)
+    starts, end = ends_of(call, baseline)
 
     def point(k: int) -> Point:
         return on_path(path, starts[k // steps], end, nodes[k % steps])
 
-    a = integral(course.shares, point, [w / len(starts) for w in weights] * len(starts), chunk_size, end, progress)
+    a = integral(
+        slope_along(call, target), point, [w / len(starts) for w in weights] * len(starts), chunk_size, end, progress
+    )
     if not return_info:
-        return course.result(a)
+        return call.like(a)
     first = [on_path(path, start, end, 0.0)[0] for start in starts]
-    return course.result(a), {"convergence_delta": convergence_delta(course, a, first, end)}
+    return call.like(a), {"convergence_delta": convergence_delta(call, target, a, first, end)}
 
 
 @public
@@ -115,8 +114,7 @@ def blur_integrated_gradients(
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     rules: Rules = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     return_info: bool = False,
 ) -> Any:
     r"""Integrate the gradient along the path from the blurred input to the input.
@@ -129,7 +127,7 @@ def blur_integrated_gradients(
     differences.
 
     Args:
-        params, model, x, target, rules, output, strict: See `gradient`; `x` is ``[batch channel ...]``.
+        params, model, x, target, rules, output: See `gradient`; `x` is ``[batch channel ...]``.
         sigma: Standard deviation of the Gaussian at the start, as a fraction of the longer side.
         padding: What lies beyond the border: see `pullback.maps.smooth`.
         steps, quadrature, chunk_size, progress, return_info: See `integrated_gradients`.
@@ -161,5 +159,5 @@ def blur_integrated_gradients(
 
     sums: dict[str, Any] = {"steps": steps, "quadrature": quadrature, "path": sharpen}
     sums |= {"chunk_size": chunk_size, "progress": progress}
-    where: dict[str, Any] = {"rules": rules, "output": output, "strict": strict}
+    where: dict[str, Any] = {"rules": rules, "output": output}
     return integrated_gradients(params, model, x, target, **sums, **where, return_info=return_info)

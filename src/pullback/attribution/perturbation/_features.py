@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress, report, wide
+from pullback._core.batching import report, wide
 from pullback._core.masked import MaskedModel
+from pullback._core.types import ChunkSize, Progress
 from pullback.masks import fill
 
 Keep = Callable[[range], "list[Tensor]"]
@@ -27,7 +28,7 @@ class FeatureGroups:
 
     def __init__(self, masked: MaskedModel, feature_mask: Any, baseline: Any) -> None:
         self.masked = masked
-        self.keys = [None] if masked.site.name else masked.tree.floating
+        self.keys = [None] if masked.call.layer is not None else masked.call.x.floating
         given = [self._of(feature_mask, key) for key in self.keys]
         if feature_mask is None:
             sizes = [math.prod(shape[1:]) for shape in masked.shapes]
@@ -88,4 +89,4 @@ class FeatureGroups:
         for ids, shape in zip(self.ids, self.masked.shapes, strict=True):
             flat = torch.gather(values, 1, ids.flatten(1).expand(len(values), -1))
             spread.append(flat.reshape(len(values), *shape[1:]).to(self.masked.dtype))
-        return spread[0] if self.masked.site.name else self.masked.tree.rebuild(spread, lambda v: None)
+        return self.masked.like(spread)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize
 from pullback._core.masked import MaskedModel
 from pullback._core.targets import cotangent, score
-from pullback._core.types import Target
+from pullback._core.types import ChunkSize, Target
 from pullback._torch.internals import readable
 from pullback.masks import plain_smooth_masks, smooth_grid, smooth_masks
 
@@ -84,7 +83,7 @@ def optimised_masks(
     resting = torch.zeros(rows, dtype=torch.bool, device=device)
     for iteration in range(iterations):
         slope, (now, *terms) = torch.func.grad(objective, has_aux=True)(parameters, iteration)
-        masks = now if tolerance is None or iteration == 0 else torch.where(one_hot_rows(resting, now), masks, now)
+        masks = now if tolerance is None or iteration == 0 else torch.where(_as_column(resting, now), masks, now)
         history.append(torch.stack(terms, 1))
         velocity = slope if iteration == 0 else momentum * velocity + (1 - dampening) * slope
         parameters = (parameters + learning_rate * velocity).clamp(0, 1)
@@ -109,7 +108,7 @@ def _ranks_at_start(size: tuple[int, ...], step: int, sigma: float) -> Tensor:
     return plain_smooth_masks(start, size, step=step, sigma=sigma).clamp(0, 1).flatten().argsort()
 
 
-def one_hot_rows(flags: Tensor, like: Tensor) -> Tensor:
+def _as_column(flags: Tensor, like: Tensor) -> Tensor:
     return flags.reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -133,7 +132,7 @@ def in_parts(
     """Optimise `count` rows, of which the model sees each in so many copies: masks, and the history of them all."""
     if iterations < 1:
         raise ValueError(f"`iterations` must be at least 1, got {iterations}.")
-    parts = masked.parts(count, chunk_size, rows=shown, times=2 * iterations)
+    parts = masked.parts(count, chunk_size, rows=shown, repeats=2 * iterations)
     masks, histories = zip(*[optimise(rows) for rows in parts], strict=True)
     longest = max(history.shape[2] for history in histories)
     return [torch.cat(masks).to(masked.dtype), torch.cat([_held(history, longest) for history in histories])]

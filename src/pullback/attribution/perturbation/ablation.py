@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress, report, wide
+from pullback._core.batching import report, wide
 from pullback._core.checks import at_least
 from pullback._core.entry import public
 from pullback._core.masked import MaskedModel
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, uniform
 from pullback.attribution.perturbation._features import FeatureGroups
 
@@ -25,10 +25,8 @@ def feature_ablation(
     *,
     feature_mask: Any = None,
     baseline: Any = None,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Any:
@@ -39,7 +37,7 @@ def feature_ablation(
     Costs a forward for each feature, and one, shared by all targets under `vmap`.
 
     Args:
-        params, model, x, target, layer, at, output, strict: See `gradient`.
+        params, model, x, target, layer, output: See `gradient`.
         feature_mask: Integers from 0 with the structure of `x`, ``[...]`` for all examples or ``[batch ...]``: numbers of
             one group (a superpixel, a word) are covered together, also across tensors. Each number by itself if
             omitted.
@@ -61,7 +59,7 @@ def feature_ablation(
         >>> torch.allclose(feature_ablation(params, model, x, 1), x * model.weight[1], atol=1e-6)
         True
     """
-    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, layer=layer, output=output)
     groups = FeatureGroups(masked, feature_mask, baseline)
 
     def keep(part: range) -> list[Tensor]:
@@ -83,8 +81,7 @@ def feature_permutation(
     feature_mask: Any = None,
     samples: int | None = None,
     seed: Seed = 0,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Any:
@@ -96,7 +93,7 @@ def feature_permutation(
     forwards, and one.
 
     Args:
-        params, model, x, target, output, strict: See `gradient`.
+        params, model, x, target, output: See `gradient`.
         background: Examples with the structure of `x`, as many as there are.
         feature_mask: See `feature_ablation`.
         samples: Number of examples drawn from the background; each of them once if omitted.
@@ -120,7 +117,7 @@ def feature_permutation(
     Reference:
         Fisher, Rudin & Dominici, All Models are Wrong, but Many are Useful, 2019, sec. 3.
     """
-    masked = MaskedModel(params, model, x, target, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, output=output)
     groups = FeatureGroups(masked, feature_mask, None)
     others = [FeatureGroups._of(background, key) for key in groups.keys]
     for other, shape in zip(others, masked.shapes, strict=True):

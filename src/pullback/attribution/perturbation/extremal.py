@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress, report, wide
+from pullback._core.batching import report, wide
 from pullback._core.entry import public
 from pullback._core.inputs import unfolded
 from pullback._core.masked import MaskAxes, MaskedModel, mask_axes_of
 from pullback._core.targets import score
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback.attribution.perturbation._optimise import Judge, Reward, contrast, in_parts, optimised_masks
 from pullback.masks import blended, pyramid
 
@@ -37,11 +37,9 @@ def extremal_perturbation(
     learning_rate: float = 0.01,
     jitter: bool = True,
     tolerance: float | None = None,
-    layer: str = "",
-    at: str = "output",
+    layer: str | Layer = "",
     tokens: bool = False,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     return_info: bool = False,
@@ -56,7 +54,7 @@ def extremal_perturbation(
     one batch.
 
     Args:
-        params, model, x, target, layer, at, output, strict: See `gradient`. At a layer the masks lie over the
+        params, model, x, target, layer, output: See `gradient`. At a layer the masks lie over the
             activation, whose levels are blurred or faded alike.
         areas: Fraction of the image, or several.
         variant: ``"preserve"`` shows the part alone, ``"delete"`` all but the part, and lowers the score; ``"dual"``
@@ -106,7 +104,7 @@ def extremal_perturbation(
     if not fractions or not all(0 <= area <= 1 for area in fractions):
         raise ValueError(f"`areas` must be fractions between 0 and 1, got {areas}.")
     judge = reward if callable(reward) else {"simple": score, "contrastive": contrast}[reward]
-    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, layer=layer, output=output)
     mask_axes = mask_axes_of(masked, tokens)
     total = len(fractions) * masked.batch
 
@@ -154,7 +152,7 @@ def _shown_through(
     """Give the reward of masks: how the model's output is judged where it sees the image through them."""
     covers_of, raised = VARIANTS[variant]
     copies = len(covers_of(torch.ones(())))
-    at_input = not masked.site.name
+    at_input = masked.call.layer is None
     steady = levels_of(masked.covered) if at_input else None
     targets = masked.targets(copies)  # before the derivative is taken: what is repeated can be checked
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress
 from pullback._core.checks import at_least
 from pullback._core.entry import public
 from pullback._core.masked import MaskedModel
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, uniform
 from pullback.attribution.perturbation._coalitions import checked_coalitions, least_squares
 from pullback.attribution.perturbation._features import FeatureGroups
@@ -31,10 +30,8 @@ def lime(
     ridge: float = 1.0,
     coalitions: Tensor | None = None,
     seed: Seed = 0,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     return_info: bool = False,
@@ -48,7 +45,7 @@ def lime(
     :math:`1 - \sqrt{|z| / n}`. Costs `samples` forwards, shared by all targets under `vmap`.
 
     Args:
-        params, model, x, target, features, baseline, layer, at, output, strict: See `feature_ablation`.
+        params, model, x, target, features, baseline, layer, output: See `feature_ablation`.
         samples: Number of coalitions.
         width: Of the kernel :math:`\omega`; infinite for equal weights.
         ridge: Weight of the penalty :math:`\lambda`; 0 for least squares.
@@ -81,7 +78,7 @@ def lime(
         raise ValueError(f"`width` must be positive, got {width}.")
     if not ridge >= 0:
         raise ValueError(f"`ridge` must be at least 0, got {ridge}.")
-    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, layer=layer, output=output)
     groups = FeatureGroups(masked, feature_mask, baseline)
     n = groups.count
     if coalitions is None:

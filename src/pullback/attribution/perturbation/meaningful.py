@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback._core.batching import ChunkSize, Progress, report, wide
+from pullback._core.batching import report, wide
 from pullback._core.entry import public
 from pullback._core.masked import Link, MaskedModel, axis_sizes, mask_axes_of
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, uniform
 from pullback.attribution.perturbation._optimise import in_parts
 from pullback.masks import Fill, fill
@@ -36,11 +36,9 @@ def meaningful_perturbation(
     jitter: int = 4,
     learning_rate: float = 0.1,
     seed: Seed = 0,
-    layer: str = "",
-    at: str = "output",
+    layer: str | Layer = "",
     tokens: bool = False,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     return_info: bool = False,
@@ -54,7 +52,7 @@ def meaningful_perturbation(
     Costs `iterations` gradients; images and, under `vmap`, targets run as one batch.
 
     Args:
-        params, model, x, target, layer, at, output, strict: See `gradient`.
+        params, model, x, target, layer, output: See `gradient`.
         iterations: Steps of Adam.
         grid: Of the mask, along each axis; at most the size of the image.
         baseline: What the mask blends into: see `pullback.masks.fill`. A blur by 10 pixels if omitted.
@@ -84,7 +82,7 @@ def meaningful_perturbation(
     Reference:
         Fong & Vedaldi, Interpretable Explanations of Black Boxes by Meaningful Perturbation, 2017, sec. 4.
     """
-    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict, link=link)
+    masked = MaskedModel(params, model, x, target, layer=layer, output=output, link=link)
     mask_axes = mask_axes_of(masked, tokens)
     sides = [min(c, n) for c, n in zip(axis_sizes("grid", grid, mask_axes.sizes, int), mask_axes.sizes, strict=True)]
     dtype = wide(masked.dtype)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress, report, wide
+from pullback._core.batching import report, wide
 from pullback._core.entry import public
 from pullback._core.masked import MaskedModel, axis_sizes, mask_axes_of
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback.masks import Fill, fill, windows
 
 # -- windows and masks over an image
@@ -28,10 +28,8 @@ def occlusion(
     stride: int | Sequence[int] | None = None,
     baseline: Fill = None,
     tokens: bool = False,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Tensor:
@@ -42,7 +40,7 @@ def occlusion(
     with :math:`W_p` the windows that cover p. Costs a forward for each place of the window, and one.
 
     Args:
-        params, model, x, target, layer, at, output, strict: See `gradient`.
+        params, model, x, target, layer, output: See `gradient`.
         window: Size, one number or one a spatial axis; an eighth of each axis if omitted. A window with a size for
             the channels too slides over them as well.
         stride: From place to place; half the window if omitted.
@@ -68,7 +66,7 @@ def occlusion(
     Reference:
         Zeiler & Fergus, Visualizing and Understanding Convolutional Networks, 2014, sec. 4.2.
     """
-    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, layer=layer, output=output)
     mask_axes = mask_axes_of(masked, tokens)
     example = tuple(masked.shapes[0][1:])
     everywhere = (

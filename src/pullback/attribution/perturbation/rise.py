@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress, report, wide
+from pullback._core.batching import report, wide
 from pullback._core.checks import at_least
 from pullback._core.entry import public
 from pullback._core.masked import Link, MaskedModel, axis_sizes, mask_axes_of
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, uniform
 from pullback.masks import grid_masks
 
@@ -32,10 +32,8 @@ def rise(
     normalise: bool = True,
     seed: Seed = 0,
     tokens: bool = False,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Tensor:
@@ -48,7 +46,7 @@ def rise(
     under `vmap`.
 
     Args:
-        params, model, x, target, layer, at, output, strict: See `gradient`.
+        params, model, x, target, layer, output: See `gradient`.
         samples: Number of masks.
         grid: Of the grid, along each axis.
         p: Probability that a cell is shown.
@@ -79,7 +77,7 @@ def rise(
     at_least("samples", samples)
     if not 0 < p <= 1:
         raise ValueError(f"`p` must be a probability above 0, got {p}.")
-    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict, link=link)
+    masked = MaskedModel(params, model, x, target, layer=layer, output=output, link=link)
     mask_axes = mask_axes_of(masked, tokens)
     grid = axis_sizes("grid", grid, mask_axes.sizes, lambda n: n)
     cell = torch.tensor([math.ceil(n / c) for n, c in zip(mask_axes.sizes, grid, strict=True)], device=masked.device)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from pullback import maps
-from pullback._core.batching import ChunkSize, Progress, report, wide
+from pullback._core.batching import report, wide
 from pullback._core.checks import at_least
 from pullback._core.entry import public
 from pullback._core.masked import MaskedModel, axis_sizes, mask_axes_of
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, uniform
 from pullback.masks import Fill, fill
 
@@ -68,10 +68,8 @@ def sobol_attribution(
     baseline: Fill = None,
     seed: Seed = 0,
     tokens: bool = False,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Tensor:
@@ -84,7 +82,7 @@ def sobol_attribution(
     targets under `vmap`.
 
     Args:
-        params, model, x, target, layer, at, output, strict: See `gradient`.
+        params, model, x, target, layer, output: See `gradient`.
         samples: Number of draws.
         grid: Of the grid of the mask, along each axis.
         baseline: What masks blend into: see `pullback.masks.fill`. Zeros if omitted.
@@ -107,7 +105,7 @@ def sobol_attribution(
         Fel, Cadène, Chalvidal, Cord, Vigouroux & Serre, Look at the Variance!, 2021, sec. 3.
     """
     at_least("samples", samples, 2)
-    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, layer=layer, output=output)
 
     def draw(count: int) -> tuple[int, Callable[[Tensor], Tensor]]:
         index = torch.arange(samples, device=masked.device)
@@ -143,10 +141,8 @@ def hsic_attribution(
     baseline: Fill = None,
     seed: Seed = 0,
     tokens: bool = False,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Tensor:
@@ -159,7 +155,7 @@ def hsic_attribution(
     cells, shared by all targets under `vmap`.
 
     Args:
-        params, model, x, target, layer, at, output, strict: See `gradient`.
+        params, model, x, target, layer, output: See `gradient`.
         samples: Number of random masks.
         grid: Of the grid of the mask, along each axis.
         p: Probability that a cell is shown.
@@ -182,7 +178,7 @@ def hsic_attribution(
         Novello, Fel & Vigouroux, Making Sense of Dependence, 2022, sec. 3.
     """
     at_least("samples", samples, 2)
-    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, layer=layer, output=output)
 
     def draw(count: int) -> tuple[int, Callable[[Tensor], Tensor]]:
         return samples, lambda index: uniform(seed, index, (count,), torch.float32) < p

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._core.batching import ChunkSize, Progress
 from pullback._core.checks import at_least
 from pullback._core.entry import public
 from pullback._core.masked import MaskedModel
-from pullback._core.types import Inputs, Model, Params, Select, Target
+from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed
 from pullback.attribution.perturbation._coalitions import (
     checked_coalitions,
@@ -33,10 +32,8 @@ def shapley_values(
     *,
     feature_mask: Any = None,
     baseline: Any = None,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Any:
@@ -48,7 +45,7 @@ def shapley_values(
     between x and the baseline. Costs :math:`2^n` forwards for n features, shared by all targets under `vmap`.
 
     Args:
-        params, model, x, target, features, baseline, layer, at, output, strict: See `feature_ablation`.
+        params, model, x, target, features, baseline, layer, output: See `feature_ablation`.
         chunk_size: Coalitions evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (coalitions done, coalitions in all).
 
@@ -69,7 +66,7 @@ def shapley_values(
     Reference:
         Shapley, A Value for n-Person Games, 1953.
     """
-    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, layer=layer, output=output)
     groups = FeatureGroups(masked, feature_mask, baseline)
     n = groups.count
     if n > 20:
@@ -101,10 +98,8 @@ def shapley_sampling(
     samples: int = 25,
     antithetic: bool = False,
     seed: Seed = 0,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
     return_info: bool = False,
@@ -118,7 +113,7 @@ def shapley_sampling(
     `vmap`.
 
     Args:
-        params, model, x, target, features, baseline, layer, at, output, strict: See `feature_ablation`.
+        params, model, x, target, features, baseline, layer, output: See `feature_ablation`.
         samples: Number of orders.
         antithetic: Make every second order the reverse of the one before, which cancels much of the error.
         seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
@@ -144,7 +139,7 @@ def shapley_sampling(
         Castro, Gómez & Tejada, Polynomial Calculation of the Shapley Value Based on Sampling, 2009.
     """
     at_least("samples", samples)
-    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, layer=layer, output=output)
     groups = FeatureGroups(masked, feature_mask, baseline)
     n = groups.count
     sample = torch.arange(samples, device=masked.device)
@@ -183,10 +178,8 @@ def kernel_shap(
     samples: int = 200,
     coalitions: Tensor | None = None,
     seed: Seed = 0,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
     chunk_size: ChunkSize = "auto",
     progress: Progress = None,
 ) -> Any:
@@ -200,7 +193,7 @@ def kernel_shap(
     :math:`\pi`, each with its complement, and count alike. Costs `samples` forwards at most, and two.
 
     Args:
-        params, model, x, target, features, baseline, layer, at, output, strict: See `feature_ablation`.
+        params, model, x, target, features, baseline, layer, output: See `feature_ablation`.
         samples: Number of coalitions.
         coalitions: ``[sample feature]``, boolean, to be used instead: drawn by :math:`\pi`.
         seed: Integer, or an integer tensor ``[]`` (for `vmap` over seeds).
@@ -224,7 +217,7 @@ def kernel_shap(
         KernelSHAP, 2021, for the complements.
     """
     at_least("samples", samples)
-    masked = MaskedModel(params, model, x, target, layer=layer, at=at, output=output, strict=strict)
+    masked = MaskedModel(params, model, x, target, layer=layer, output=output)
     groups = FeatureGroups(masked, feature_mask, baseline)
     n = groups.count
     if coalitions is None:

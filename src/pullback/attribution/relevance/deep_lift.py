@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback._core.batching import Progress, report
+from pullback._core.batching import report
+from pullback._core.call import Call, InputTree
 from pullback._core.entry import public
-from pullback._core.forward import run
-from pullback._core.inputs import InputTree, each
-from pullback._core.layers import Site
+from pullback._core.inputs import each
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback._core.vjp import pullback
+from pullback._core.types import Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback.rules._secants import Tape, paired, recording
 
 # -- DeepLIFT
@@ -28,10 +26,8 @@ def deep_lift(
     target: Target,
     *,
     baseline: Any = None,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
 ) -> Any:
     r"""Share out the difference in score between the input and a baseline, by the rescale rule.
 
@@ -52,9 +48,8 @@ def deep_lift(
     (`sign`, `round`, `detach`) for a constant.
 
     Args:
-        params, model, x, target, layer, at, output: See `gradient`. A function as `target` must be linear.
+        params, model, x, target, layer, output: See `gradient`. A function as `target` must be linear.
         baseline: With the structure of `x`, broadcast to it. Zeros if omitted; for integer inputs it must be given.
-        strict: Raise where a nonlinear operation has no pair of inputs to take the secant of, instead of warning.
 
     Returns:
         Attribution, signed, shaped like `x` or the activation, in units of the score.
@@ -74,29 +69,30 @@ def deep_lift(
         Shrikumar, Greenside & Kundaje, Learning Important Features Through Propagating Activation Differences, 2017,
         sec. 3.5.1.
     """
-    tree = InputTree(x)
-    start = _start(tree, baseline)
     tape: Tape = []
-    before = _recorded(params, model, start, Site.parse(layer, at), output, tape)
-    table = paired(tape)
-    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table, strict=strict)
+    start = Call.bind(params, model, _start(InputTree(x), baseline), layer, recording(tape), output)
+    before = _recorded(start)
+    call = Call.bind(params, model, x, layer, paired(tape), output)
+    pulled = call.pullback()
     multipliers = pulled.pull(cotangent(pulled.output, target))
     parts = zip(pulled.activations, before, multipliers, strict=True)
-    return pulled.rebuild([(a - b) * m for a, b, m in parts])
+    return call.like([(a - b) * m for a, b, m in parts])
 
 
-def _recorded(params: Params, model: Model, x: Inputs, site: Site, output: Select, tape: Tape) -> tuple[Tensor, ...]:
-    """Run the model, keep what goes into its nonlinear operations, and give the activations of a layer."""
+def _recorded(call: Call) -> tuple[Tensor, ...]:
+    """Run the model by rules that record what goes into its operations; return the activations of the call's layer."""
+    if call.layer is None:
+        call.forward()
+        return call.x.tensors
     read: list[Tensor] = []
 
-    def edit(at: Site, call: int, tensor: Tensor) -> Tensor:
-        if site.call in (None, call):
+    def edit(layer: Layer, number: int, tensor: Tensor) -> Tensor:
+        if layer.call in (None, number):
             read.append(tensor.clone())
         return torch.ops.aten.clone.default(tensor)  # new to the rules, as what the second run adds to is
 
-    sites = (site,) if site.name else ()
-    run(params, model, x, output=output, table=recording(tape), sites=sites, edit=edit if site.name else None)
-    return tuple(read) if site.name else InputTree(x).tensors
+    call.forward(edit, {call.layer: ()})
+    return tuple(read)
 
 
 def _start(tree: InputTree, baseline: Any) -> Any:
@@ -137,11 +133,9 @@ def deep_lift_shap(
     target: Target,
     *,
     baselines: Any,
-    layer: str = "",
-    at: str = "output",
+    layer: str | Layer = "",
     progress: Progress = None,
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Any:
     r"""Average DeepLIFT over baselines: an estimate of Shapley values of the inputs.
 
@@ -150,7 +144,7 @@ def deep_lift_shap(
     Attributions add up to the score less the mean score of the baselines. Costs a gradient and a forward a baseline.
 
     Args:
-        params, model, x, target, layer, at, output, strict: See `deep_lift`.
+        params, model, x, target, layer, output: See `deep_lift`.
         baselines: With the structure of `x`: ``[sample ...]``, each of which is compared with every example.
         progress: Called with (baselines done, baselines in all).
 
@@ -175,7 +169,7 @@ def deep_lift_shap(
     counts = {len(b) for b in members}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"`baselines` must hold the same number of samples, at least 1, got {sorted(counts)}.")
-    options = {"layer": layer, "at": at, "output": output, "strict": strict}
+    options = {"layer": layer, "output": output}
     total: Any = None
     for k in range(len(members[0])):
         one = each(lambda b: b[k], baselines)  # noqa: B023

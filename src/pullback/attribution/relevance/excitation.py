@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pullback._core.call import Call
 from pullback._core.entry import public
-from pullback._core.layers import Site
 from pullback._core.modules import named_layers, nearest
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback._core.vjp import pullback
+from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
 from pullback._ops.constants import Remembering
 from pullback._ops.reading import LINEAR
 from pullback._torch.internals import compiling
@@ -30,10 +29,8 @@ def excitation_backprop(
     x: Inputs,
     target: Target,
     *,
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
 ) -> Any:
     r"""Share out a probability of 1 backwards, in proportion to positive contributions.
 
@@ -44,7 +41,7 @@ def excitation_backprop(
     is positive, its relevance ends. Where numbers of both signs are added, as at a skip, shares may be negative.
 
     Args:
-        params, model, x, layer, at, output, strict: See `gradient`.
+        params, model, x, layer, output: See `gradient`.
         target: See `gradient`; a cotangent is taken as the relevance of the output.
 
     Returns:
@@ -62,8 +59,9 @@ def excitation_backprop(
         Zhang, Lin, Brandt, Shen & Sclaroff, Top-down Neural Attention by Excitation Backprop, 2016, sec. 3.2.
     """
     table = table_of("excitation")
-    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table, strict=strict)
-    return times_activation(pulled, pulled.pull(_probability(pulled.output, target)))
+    call = Call.bind(params, model, x, layer, table, output)
+    pulled = call.pullback()
+    return times_activation(call, pulled, pulled.pull(_probability(pulled.output, target)))
 
 
 def _probability(y: Tensor, target: Target) -> Tensor:
@@ -78,12 +76,10 @@ def contrastive_excitation_backprop(
     x: Inputs,
     target: Target,
     *,
-    layer: str = "",
+    layer: str | Layer = "",
     contrast_layer: str | None = None,
     classifier: str | None = None,
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> Any:
     r"""Excitation backprop of the target less that of its opposite, a classifier with negated weights.
 
@@ -94,7 +90,7 @@ def contrastive_excitation_backprop(
     pass serves both. Costs 1 gradient with the rules of excitation backprop.
 
     Args:
-        params, model, x, target, at, output, strict: See `excitation_backprop`.
+        params, model, x, target, output: See `excitation_backprop`.
         layer: Where relevance is wanted, before the classifier.
         contrast_layer: Where the paper compares target and opposite. As T is linear, the result is the same at every
             layer that all paths pass through: it need not be given.
@@ -121,7 +117,7 @@ def contrastive_excitation_backprop(
     if not isinstance(model, nn.Module):
         raise TypeError("`model` must be a torch.nn.Module, whose classifier can be negated, got a function.")
     names = [name for name, _ in named_layers(model)]
-    if contrast_layer is not None and Site.parse(contrast_layer, at).name not in names:
+    if contrast_layer is not None and Layer(contrast_layer).name not in names:
         raise ValueError(f"No layer `{contrast_layer}` in the model. {nearest(contrast_layer, names)}")
     by_itself = classifier is None and not compiling()
     if classifier is None:
@@ -143,7 +139,8 @@ def contrastive_excitation_backprop(
     if by_itself:  # where the classifier's forward is called past the layer, the last map is it
         chosen |= dict.fromkeys(LINEAR, last(replace(contrast, shares=ending), plain))
     table = table_of({**chosen, **{(classifier, operation): Remembering(rule) for operation in LINEAR}})
-    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table, strict=strict)
+    call = Call.bind(params, model, x, layer, table, output)
+    pulled = call.pullback()
     if not met and not by_itself:
         raise ValueError(f"`classifier` must name a linear layer or a convolution that runs, got {classifier!r}.")
-    return times_activation(pulled, pulled.pull(_probability(pulled.output, target)))
+    return times_activation(call, pulled, pulled.pull(_probability(pulled.output, target)))

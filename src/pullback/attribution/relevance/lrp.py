@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vjp
 
+from pullback._core.call import Call, InputTree, Pulled
 from pullback._core.entry import public
-from pullback._core.forward import run
-from pullback._core.inputs import InputTree
-from pullback._core.layers import Site
 from pullback._core.shapes import layer_shapes
 from pullback._core.targets import cotangent
-from pullback._core.types import Inputs, Model, Params, Select, Target
-from pullback._core.vjp import Pulled, pullback
+from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
+from pullback._ops.accounting import Account
 from pullback.rules._coordinates import nonzero
 from pullback.rules._table import Rules, table_of
 
 
-def times_activation(pulled: Pulled, cotangents: Sequence[Tensor]) -> Any:
+def times_activation(call: Call, pulled: Pulled, cotangents: Sequence[Tensor]) -> Any:
     """Give relevance: the activation times its cotangent, zeros counted as a tiny number as in the rules."""
-    return pulled.rebuild([nonzero(a) * c for a, c in zip(pulled.activations, cotangents, strict=True)])
+    return call.like([nonzero(a) * c for a, c in zip(pulled.activations, cotangents, strict=True)])
 
 
 @public
@@ -34,10 +32,8 @@ def lrp(
     target: Target,
     *,
     rules: Rules = "epsilon_plus",
-    layer: str = "",
-    at: str = "output",
-    output: Select = None,
-    strict: bool = False,
+    layer: str | Layer = "",
+    output: Output = None,
 ) -> Any:
     r"""Share out the score backwards, operation by operation, to the input or to a layer.
 
@@ -50,11 +46,10 @@ def lrp(
     forwards are shared.
 
     Args:
-        params, model, x, target, layer, at, output: See `gradient`.
+        params, model, x, target, layer, output: See `gradient`.
         rules: The name of a composite (``"epsilon"``, ``"epsilon_plus"``, ``"epsilon_alpha2_beta1"``, these two with
             ``"_flat"``, ``"attn_lrp"``, ``"cp_lrp"``, ``"excitation"``), or a table ``{operation: rule}``: see
             `pullback.rules`.
-        strict: Raise where `rules` do not cover an operation that is not piecewise linear, instead of warning.
 
     Returns:
         Relevance, signed, shaped like `x` or the activation, in units of the score. Calls of a reused layer are summed.
@@ -74,8 +69,9 @@ def lrp(
         Bach, Binder, Montavon, Klauschen, Müller & Samek, On Pixel-Wise Explanations for Non-Linear Classifier
         Decisions by Layer-Wise Relevance Propagation, 2015, sec. 2.
     """
-    pulled = pullback(params, model, x, layer=layer, at=at, output=output, table=table_of(rules), strict=strict)
-    return times_activation(pulled, pulled.pull(cotangent(pulled.output, target)))
+    call = Call.bind(params, model, x, layer, table_of(rules), output)
+    pulled = call.pullback()
+    return times_activation(call, pulled, pulled.pull(cotangent(pulled.output, target)))
 
 
 @public
@@ -87,8 +83,7 @@ def relevance_flow(
     *,
     layers: Sequence[str],
     rules: Rules = "epsilon_plus",
-    output: Select = None,
-    strict: bool = False,
+    output: Output = None,
 ) -> dict[str, Tensor]:
     """Sum the relevance of `lrp` at each of several layers, to see where it is lost or made.
 
@@ -98,7 +93,7 @@ def relevance_flow(
     Args:
         params, model, x, target, output: See `gradient`.
         layers: Layer names; ``""`` is the input.
-        rules, strict: See `lrp`.
+        rules: See `lrp`.
 
     Returns:
         By layer, ``[batch]``: the sum over all of its activation, calls of a reused layer included.
@@ -114,31 +109,35 @@ def relevance_flow(
         >>> all(torch.allclose(total, model(x)[:, 1], rtol=1e-3) for total in flow.values())
         True
     """
-    sites = {name: Site.parse(name, "output") for name in layers if name}
-    seen = {site: layer_shapes(params, model, x, site) for site in sites.values()}
-    zeros = {(s, i): torch.zeros(v.shape, dtype=v.dtype) for s, calls in seen.items() for i, v in enumerate(calls)}
-    tree = InputTree(x)
+    call = Call.bind(params, model, x, rules=table_of(rules), output=output)
+    shapes = {Layer.of(name): layer_shapes(params, model, x, Layer.of(name)) for name in layers if name}
+    places = [(layer, i) for layer, calls in shapes.items() for i in range(len(calls))]
+    zeros = [torch.zeros(shapes[layer][i].shape, dtype=shapes[layer][i].dtype) for layer, i in places]
+    inputs = call.x.tensors
 
-    def forward(inputs: tuple[Tensor, ...], added: dict[tuple[Site, int], Tensor]) -> tuple[Tensor, Any]:
-        activations: dict[tuple[Site, int], Tensor] = {}
+    def forward(account: Account | None, *tensors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        added = dict(zip(places, tensors[len(inputs) :], strict=True))
+        activations: dict[tuple[Layer, int], Tensor] = {}
 
-        def edit(site: Site, call: int, activation: Tensor) -> Tensor:
-            if site.call not in (None, call):
+        def edit(layer: Layer, number: int, activation: Tensor) -> Tensor:
+            if layer.call not in (None, number):
                 return activation
-            activations[site, call] = activation
-            return torch.ops.aten.add.Tensor(activation, added[site, call].to(activation.device, activation.dtype))
+            activations[layer, number] = activation
+            delta = added[layer, number].to(activation.device, activation.dtype)
+            return torch.ops.aten.add.Tensor(activation, delta)
 
-        options: dict[str, Any] = {"output": output, "table": table_of(rules), "strict": strict}
-        given = tree.rebuild(inputs, lambda v: v)
-        return run(params, model, given, sites=tuple(seen), edit=edit, seen=seen, **options), activations
+        moved = replace(call, x=InputTree(call.x.rebuild(tensors[: len(inputs)], lambda v: v)))
+        y = moved.forward(edit, shapes, account)
+        return y, tuple(activations[place] for place in places)
 
-    y, pull, activations = vjp(forward, tree.tensors, zeros, has_aux=True)  # pyright: ignore[reportAssignmentType]
-    inputs, cotangents = pull(cotangent(y, target))
+    (y, *_), pull, activations = call.linearise(forward, [*inputs, *zeros])
+    cotangents = pull(cotangent(y, target))
+    relevance = [(nonzero(a) * c).flatten(1).sum(1) for a, c in zip((*inputs, *activations), cotangents, strict=True)]
+    of_place = dict(zip(places, relevance[len(inputs) :], strict=True))
     found: dict[str, Tensor] = {}
     for name in layers:
-        if name:
-            parts = [(a, cotangents[at]) for at, a in activations.items() if at[0] == sites[name]]
-        else:
-            parts = list(zip(tree.tensors, inputs, strict=True))
-        found[name] = sum((nonzero(a) * c).flatten(1).sum(1) for a, c in parts)  # pyright: ignore[reportArgumentType]
+        parts = (
+            [r for (layer, _), r in of_place.items() if layer == Layer.of(name)] if name else relevance[: len(inputs)]
+        )
+        found[name] = sum(parts[1:], parts[0])
     return found

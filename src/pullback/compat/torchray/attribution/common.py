@@ -40,15 +40,15 @@ import torch
 from torch import Tensor, nn
 
 from pullback import maps
+from pullback._core.call import Call
 from pullback._core.entry import public
-from pullback._core.layers import Site, attach
+from pullback._core.layers import attach
 from pullback._core.module_copy import ModuleCopy
 from pullback._core.modules import nearest, params_of, unwrapped
 from pullback._core.shapes import layer_shapes
 from pullback._core.targets import cotangent
-from pullback._core.types import PullbackWarning
-from pullback._core.vjp import pullback
-from pullback._ops.dispatch import OperationMode, Rule, Table
+from pullback._core.types import Layer, PullbackWarning
+from pullback._ops.dispatch import OperationMode, Rule, RuleMode, Table
 from pullback._ops.spellings import Operation, activations
 from pullback.compat.torchray._arguments import ArgumentError
 
@@ -374,13 +374,18 @@ class Patch:
         return found, attribute
 
 
-class _Mode(OperationMode):
+class _Mode(RuleMode):
     """Operations by the rules of a table, all others untouched: the model is the caller's own, perhaps in training."""
 
-    def _run(self, func: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        spelling = self._spelling(func)
-        done = NotImplemented if spelling is None else self._by_rule(spelling, func, args, kwargs)
-        return func(*args, **kwargs) if done is NotImplemented else done
+    def __torch_function__(
+        self, func: Operation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = self._by_rule(func, args, kwargs)
+        result = func(*args, **kwargs) if result is NotImplemented else result
+        if self.table.on_operation is not None:
+            self.table.on_operation(self.memo, func, args, kwargs, result)
+        return result
 
 
 class RuleContext(AbstractContextManager[Any]):
@@ -513,15 +518,15 @@ def saliency(
     also_input = name != "" and input.requires_grad
     if functional and not (debug or at_root or also_input or _is_hooked(model)):
         probes = None
-        pulled = pullback(params_of(model), model, input.detach(), layer=name, table=table)
+        pulled = Call.bind(params_of(model), model, input.detach(), name, table).pullback()
         gradients = pulled.pull(get_backward_gradient(pulled.output, target))
         calls = [_with_grad(a, g) for a, g in zip(pulled.activations, gradients, strict=True)]
     else:
         # A foreign context may hold an autograd.Function of the old form, or look at tensors in hooks: torch.func runs
         # neither, so this is ordinary autograd.
-        site = Site.parse(name)
+        layer = Layer(name)
         calls, probes = _on_autograd(
-            model, input, site if name or at_root else None, context, lambda y: get_backward_gradient(y, target), debug
+            model, input, layer if name or at_root else None, context, lambda y: get_backward_gradient(y, target), debug
         )
     if not name and not at_root:
         _fill_grad(input, calls[0].grad)
@@ -568,7 +573,7 @@ def _fill_grad(input: Tensor, gradient: Tensor | None) -> None:
 def _on_autograd(
     model: nn.Module,
     input: Tensor,
-    site: Site | None,
+    layer: Layer | None,
     context: AbstractContextManager[Any],
     cotangent_of: Callable[[Tensor], Tensor],
     debug: bool,
@@ -576,29 +581,29 @@ def _on_autograd(
     """Run forward and backward on a shell within `context`; give each call's activation, with `grad`, and probes."""
     params = params_of(model)
     x = input.detach().clone()
-    wanted = site is None or debug or input.requires_grad
+    wanted = layer is None or debug or input.requires_grad
     x.requires_grad_(wanted and (x.is_floating_point() or x.is_complex()))
-    kept: list[Tensor] = [x] if site is None else []
+    kept: list[Tensor] = [x] if layer is None else []
 
-    def edit(site: Site, call: int, activation: Tensor) -> Tensor:
+    def edit(layer: Layer, call: int, activation: Tensor) -> Tensor:
         leaf = activation if activation.requires_grad else activation.detach().requires_grad_()
         leaf.retain_grad()
         kept.append(leaf)
         return leaf.clone()
 
-    sites: Sequence[Site] = [] if site is None else [site]
-    seen = {} if site is None else {site: layer_shapes(params, model, input, site)}
+    layers: Sequence[Layer] = [] if layer is None else [layer]
+    seen = {} if layer is None else {layer: layer_shapes(params, model, input, layer)}
     with torch.enable_grad(), OperationMode(), context:
         model_copy = ModuleCopy(model, backward_hooks=True)  # made within the context, which may have hooked the model
         model_copy.install(params)
         probes = attach_debug_probes(model_copy.root, debug)
-        attach(model_copy, sites, edit, seen)
+        attach(model_copy, layers, edit, seen)
         output = model_copy.root(x.clone())
         output.backward(cotangent_of(output))
     originals = dict(unwrapped(model).named_modules())
     for name, probe in (probes or {}).items():
         probe.remove()
         probe.module = originals[name]
-    if site is not None and input.requires_grad:
+    if layer is not None and input.requires_grad:
         _fill_grad(input, x.grad)
     return [_with_grad(a, a.grad) for a in kept], probes

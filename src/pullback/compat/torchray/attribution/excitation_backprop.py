@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pullback import maps, rules
+from pullback._core.call import Call
 from pullback._core.entry import public, warn_once
 from pullback._core.modules import named_layers, params_of, unwrapped
 from pullback._core.types import Layer
-from pullback._core.vjp import pullback
 from pullback._ops.constants import Remembering, is_constant
 from pullback._ops.dispatch import Table
 from pullback._ops.reading import LINEAR, LinearMap, linear_map
@@ -313,13 +313,14 @@ def contrastive_excitation_backprop(
     """
     layer, contrast = name_of(model, saliency_layer), name_of(model, contrast_layer)
     params, x = params_of(model), input.detach()
-    opposite = pullback(params, model, x, layer=contrast, table=_table(_classifier(model, classifier_layer)))
+    above = Call.bind(params, model, x, contrast, _table(_classifier(model, classifier_layer)))
+    opposite = above.pullback()
     seed = get_backward_gradient(opposite.output, target)
-    against = opposite.rebuild(opposite.pull(seed))
-    whole = pullback(params, model, x, layer=layer, table=_table())
-    lower = pullback(params, model, x, layer=layer, table=_table(), output=Layer(contrast))
-    relevance = [a - b for a, b in zip(whole.pull(seed), lower.pull(against), strict=True)]
-    map = maps.channel_sum(whole.rebuild(relevance)).clamp(min=0)
+    against = above.like(opposite.pull(seed))
+    call = Call.bind(params, model, x, layer, _table())
+    lower = replace(call, output=Layer(contrast)).pullback()
+    relevance = [a - b for a, b in zip(call.pullback().pull(seed), lower.pull(against), strict=True)]
+    map = maps.channel_sum(call.like(relevance)).clamp(min=0)
     map = resize_saliency(input, map, resize, resize_mode)
     if not debug:
         return map

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pullback._core.call import Call
 from pullback._core.entry import public
-from pullback._core.forward import run
 from pullback._core.modules import params_of
 from pullback.attribution.perturbation._optimise import optimised_masks
 from pullback.compat.torchray._arguments import ArgumentError
@@ -220,7 +220,7 @@ def extremal_perturbation(
     def reward(masks: Tensor, iteration: int) -> Tensor:
         shown = {PRESERVE_VARIANT: [masks], DELETE_VARIANT: [1 - masks], DUAL_VARIANT: [masks, 1 - masks]}[variant]
         x = torch.cat([steps.apply(mask) for mask in shown])
-        y = run(params, model, x.flip(-1) if jitter and iteration % 2 == 0 else x)
+        y = Call.bind(params, model, x.flip(-1) if jitter and iteration % 2 == 0 else x).forward()
         rewards = reward_func(y, target, variant=variant).reshape(len(masks), -1).mean(1)
         if print_iter is not None and iteration % print_iter == 0:
             print(

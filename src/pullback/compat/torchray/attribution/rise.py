@@ -22,8 +22,8 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from pullback._core.batching import chunks
+from pullback._core.call import Call
 from pullback._core.entry import public
-from pullback._core.forward import run
 from pullback._core.inputs import folded, unfolded
 from pullback._core.modules import params_of
 from pullback.compat.torchray._arguments import ArgumentError
@@ -101,7 +101,7 @@ def rise(
                 grids = draws.grids(len(k), num_cells, p) if given is None else given[:, 0]
                 shifts = draws.shifts(len(k), (height, width), grids.shape[-1])
                 masks = grid_masks(grids.to(input.dtype), shifts, (height, width))
-            scores = torch.sigmoid(run(params, model, folded(masks[:, None] * input)))
+            scores = torch.sigmoid(Call.bind(params, model, folded(masks[:, None] * input)).forward())
             if scores.ndim > 2 and scores.shape[2:].numel() != 1:
                 raise ArgumentError(f"The model's output must be [batch class], or 1 x 1, got {list(scores.shape)}.")
             scores = unfolded(scores.flatten(1), len(k))
