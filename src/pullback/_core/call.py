@@ -1,8 +1,8 @@
 """One call of a model: what runs, on what, where it is explained, and by which rules.
 
-A method binds its arguments once, to a `Call`, and writes its formula in terms of it: ``call.pullback()`` runs the model
-and is ready to pull cotangents back, ``call.forward()`` only runs it, ``call.at(points)`` is the same call at other
-inputs, many copies of the batch at once, and ``call.like(tensors)`` gives a result the structure of `x`.
+A method binds its arguments once, to a `Call`, and writes its formula in terms of it: ``call.forward()`` runs the
+model, ``call.pullback()`` runs it and is ready to pull cotangents back, ``call.at(points)`` is the same call at other
+points, many copies of the batch at once, and ``call.like(tensors)`` gives a result the structure of `x`.
 """
 
 from __future__ import annotations
@@ -172,9 +172,8 @@ class Call:
             x = self.x.rebuild([t.clone() for t in tensors], lambda v: None if v is None else v.clone())
             mode = OperationMode() if self.rules is None else RuleMode(self.rules)
             mode.account = account
-            if isinstance(mode, RuleMode) and isinstance(self.model, nn.Module) and not compiling():
-                if self.model not in _writers:
-                    mode.memo[SAVED_TENSORS] = []
+            if isinstance(mode, RuleMode) and self._may_rely_on_the_graph():
+                mode.memo[SAVED_TENSORS] = []
             result = run_model(self.params, self.model, x, mode, layers, edit, shapes)
             if not isinstance(mode, RuleMode) or not mode.overwritten():
                 break
@@ -183,6 +182,10 @@ class Call:
         if self.rules is not None or mode.dropouts:
             report(mode)
         return _only_call(read, self.output) if isinstance(self.output, Layer) else select(result, self.output)
+
+    def _may_rely_on_the_graph(self) -> bool:
+        """Whether rules may use what the graph saves, which a model that writes to it makes worthless."""
+        return isinstance(self.model, nn.Module) and not compiling() and self.model not in _writers
 
     def activations(self) -> Tensors:
         """Read what the derivative would be taken at: the tensors of `x`, or the layer's activation in each call."""

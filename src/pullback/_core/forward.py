@@ -84,9 +84,9 @@ def _joined(params: Params) -> dict[str, Tensor]:
 
 # -- layers that run out of sight of the mode
 #
-# Gain: an operation that a mode sees takes some 10 microseconds more, as much as a small operation takes; 0.5 ms of the
-# 27 ms of EfficientNet-Lite0's gradient (`benchmarks/overhead.py`). Switch: rules, and any mode of the caller's own, see
-# every operation.
+# Gain: to be seen by a mode costs an operation some 10 microseconds, as much as a small one takes; 0.5 ms of the 27 ms of
+# EfficientNet-Lite0's gradient (`benchmarks/overhead.py`). Switch: with rules, or within a function mode of the
+# caller's own, every operation is seen.
 
 _WEIGHTED = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -124,7 +124,7 @@ def _batch_norm(mode: OperationMode, layer: Any, x: Tensor) -> Tensor:
 
 
 def _prepare_for_rules(model_copy: ModuleCopy, mode: RuleMode, params: Params) -> list[Callable[[], None]]:
-    """Refuse what rules cannot see, note the parameters as constants, and follow which layer runs. Returns what undoes it."""
+    """Refuse what rules cannot see, note parameters as constants, follow which layer runs. Returns what undoes it."""
     for name, module in model_copy.named_modules() if model_copy.has_scripted else ():
         if is_scripted(module):
             raise TypeError(
@@ -180,7 +180,8 @@ def _where(layers: Mapping[str, None]) -> str:
 # -- compiled calls
 
 # Dynamo cannot trace the copying of a module, nor call a module that a constant function returns, but it traces a
-# look-up in a global dict. So a compiled call copies its module once, while tracing, and keeps it while the model lives.
+# look-up in a global dict. So a compiled call copies its module once, while tracing, and keeps the copy as long as the
+# model lives.
 _COPIES: dict[int, ModuleCopy] = {}
 
 

@@ -1,8 +1,8 @@
 """Score a model whose input, or the activation of a layer, is perturbed in many ways.
 
 A perturbation method gives a function ``perturb(part, values)`` that sees copies of what is perturbed,
-``[copy batch ...]``, and returns what the model runs on instead. `MaskedModel` holds the rest. Target and parameters are
-never read, so that all targets share a forward on copies.
+``[copy batch ...]``, and returns what the model runs on instead. `MaskedModel` holds the rest. Target and parameters
+are never read, so that all targets share a forward on copies.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class MaskedModel:
         raise ValueError(f"`link` must be 'softmax', 'sigmoid', a function or None, got {self.link!r}.")
 
     def targets(self, copies: int) -> Target:
-        """Repeat the target, once for each number of copies: before a transform of the method's own it can be checked."""
+        """Repeat the target. It is kept: what is repeated before a transform of the method's own can be checked."""
         if copies not in self._targets:
             self._targets[copies] = repeated(self.target, copies, self.batch)
         return self._targets[copies]

@@ -3,7 +3,7 @@
     python -m pullback.evaluation all                 what the README shows: mosaics, digits, sanity
     python -m pullback.evaluation all --quick         the same on little, to see that it works
     python -m pullback.evaluation readme README.md    write what was found into the marked block of a file
-    python -m pullback.evaluation voc VOCdevkit/VOC2007 --model package:factory --method gradient,grad_cam --layer features.29
+    python -m pullback.evaluation voc VOCdevkit/VOC2007 --model package:factory --method grad_cam --layer features.29
     python -m pullback.evaluation coco val2014 instances_val2014.json --model package:factory --difficult
     python -m pullback.evaluation folder IMAGES MASKS --method grad_cam
 

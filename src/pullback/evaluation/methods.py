@@ -214,7 +214,7 @@ BUDGETS = {
 
 
 def within_budget(table: Mapping[str, Entry], kind: int, most: int | None = None) -> dict[str, Entry]:
-    """Limit how many examples the dear methods are judged on, to those of `BUDGETS` at place `kind`, and all to `most`."""
+    """Limit how many examples a method is judged on, to its entry in `BUDGETS` at place `kind`, and to `most`."""
     found = {}
     for name, entry in table.items():
         limits = [n for n in (BUDGETS[name][kind] if name in BUDGETS else None, most) if n is not None]

@@ -65,8 +65,8 @@ def integrated_gradients(
         chunk_size: Points evaluated together: ``"auto"`` for as many as run fast, and under `over_targets` as its
             memory allows; `None` for all.
         progress: Called with (points done, points in all).
-        return_info: Return ``(attribution, info)``, where ``info["convergence_delta"]``, ``[batch]``, is the sum of the attribution
-            less the difference in score. Costs a forward for each end.
+        return_info: Return ``(attribution, info)``. ``info["convergence_delta"]``, ``[batch]``, is the sum of the
+            attribution less the difference in score. Costs a forward for each end.
 
     Returns:
         Attribution, shaped like `x` or the activation, signed, in units of the score.

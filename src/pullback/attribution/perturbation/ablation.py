@@ -38,9 +38,9 @@ def feature_ablation(
 
     Args:
         params, model, x, target, layer, output: See `gradient`.
-        feature_mask: Integers from 0 with the structure of `x`, ``[...]`` for all examples or ``[batch ...]``: numbers of
-            one group (a superpixel, a word) are covered together, also across tensors. Each number by itself if
-            omitted.
+        feature_mask: Integers from 0 with the structure of `x`, ``[...]`` for all examples or ``[batch ...]``. Numbers
+            of one group (a superpixel, a word) are covered together, also across tensors. Each number is a group of its
+            own if omitted.
         baseline: What is shown instead, with the structure of `x`: see `pullback.masks.fill`. Zeros if omitted.
         chunk_size: Features evaluated together: ``"auto"`` for as many as run fast, `None` for all.
         progress: Called with (features done, features in all).
