@@ -279,8 +279,7 @@ def test_spellings_of_functions(name):
     x, b = torch.rand(2, 2, 4, dtype=torch.float64) + 0.2
     total = lambda y: y.flatten(1).sum(1)  # noqa: E731
     if name in TOLD:
-        with warnings.catch_warnings(), pytest.raises(PullbackWarning, match="DeepLIFT's rules do not cover `"):
-            warnings.simplefilter("error")
+        with pytest.raises(PullbackWarning, match="DeepLIFT's rules do not cover `"):
             deep_lift({}, lambda p, x: function(x), x, total, baseline=b)
         return
     found = deep_lift({}, lambda p, x: function(x), x, total, baseline=b)

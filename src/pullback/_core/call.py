@@ -281,7 +281,7 @@ class Call:
 
         def function(*tensors: Tensor) -> tuple[Tensors, Tensors]:
             y, auxiliary = forward(account, *tensors)
-            starts = () if many is None else note_forward(many, account, y, self.rules is None)
+            starts = () if many is None or account is None else note_forward(many, account, y, self.rules is None)
             return (y, *starts), auxiliary
 
         outputs, back, auxiliary = linearised(function, primals, self._is_plain([*primals, *given]))

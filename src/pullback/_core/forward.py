@@ -84,7 +84,7 @@ def _joined(params: Params) -> dict[str, Tensor]:
 
 # -- layers that run out of sight of the mode
 #
-# Gain: to be seen by a mode costs an operation some 10 microseconds, as much as a small one takes; 0.5 ms of the 27 ms of
+# Gain: to be seen by a mode costs an operation some 10 microseconds, as much as a small one takes; 0.5 of the 27 ms of
 # EfficientNet-Lite0's gradient (`benchmarks/overhead.py`). Switch: with rules, or within a function mode of the
 # caller's own, every operation is seen.
 

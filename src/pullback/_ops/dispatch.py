@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pullback._ops.accounting import Account
@@ -160,7 +159,7 @@ def _run_rule(
         pure["memo"] = memo
     if getattr(rule, "writes", False):  # the rule itself writes, where the operation does
         pure["inplace"], in_place = in_place, False
-    first: Tensor = args[0] if args else kwargs["input"] if in_place else None
+    first: Any = args[0] if args else kwargs.get("input")
     if in_place:  # what the rule saves must outlive the write
         args, pure = ((first.clone(), *args[1:]), pure) if args else (args, {**pure, "input": first.clone()})
     result = rule(spelling.operation, *args, **pure)

@@ -57,7 +57,7 @@ __all__ = [
     "Entry",
     "Places",
     "entries",
-    "affordable",
+    "within_budget",
     "run",
     "write_table",
     "Summary",

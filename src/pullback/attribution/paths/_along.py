@@ -71,7 +71,11 @@ def slope_along(call: Call, target: Target) -> Term:
 
 
 def convergence_delta(
-    call: Call, target: Target, attributions: Sequence[Tensor], starts: Sequence[Tensors], end: Tensors
+    call: Call,
+    target: Target,
+    attributions: Sequence[Tensor],
+    starts: Sequence[Sequence[Tensor]],
+    end: Sequence[Tensor],
 ) -> Tensor:
     """Sum the attributions, and subtract the difference in score between the end and the mean start, ``[batch]``."""
     total = sum(a.flatten(1).sum(1) for a in attributions)
