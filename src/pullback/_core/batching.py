@@ -26,7 +26,7 @@ def budget_on(device: torch.device, budgets: tuple[int, int]) -> int:
 
 def rows_together(bytes_per_row: int, device: torch.device, budgets: tuple[int, int] = FORWARD_BYTES) -> int:
     """Give how many rows run fastest together, by the largest activation of a row."""
-    return max(1, min(MAX_ROWS, budget_on(device, budgets) // max(1, bytes_per_row)))
+    return max(1, min(MAX_ROWS, budgets[device.type != "cpu"] // max(1, bytes_per_row)))
 
 
 def chunks(count: int, size: ChunkSize) -> Iterator[range]:

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.func import vjp
 
 from pullback._core.forward import report, run_model, select
-from pullback._core.inputs import folded, repeated, unfolded
+from pullback._core.inputs import repeated
 from pullback._core.layers import Edit, LayerShape, LayerShapes
 from pullback._core.many.pulls import SharedPull
 from pullback._core.many.shortcuts import note_forward
@@ -141,13 +141,8 @@ class Call:
         if not callable(model):
             raise TypeError(f"`model` must be a torch.nn.Module or a function, got {type(model).__name__}.")
         tree = x if isinstance(x, InputTree) else InputTree(x)
-        place = Layer.of(layer) if layer != "" else None
+        place = layer if isinstance(layer, Layer) else None if layer == "" else Layer(layer)
         return Call(params, model, tree, place if place is None or place.name else None, rules, output)
-
-    @property
-    def batch(self) -> int:
-        """The number of examples that the caller gave."""
-        return self.x.batch // self.copies
 
     # -- one forward
 
@@ -190,6 +185,10 @@ class Call:
     def activations(self) -> Tensors:
         """Read what the derivative would be taken at: the tensors of `x`, or the layer's activation in each call."""
         if self.layer is None:
+            if not self.x.floating:
+                raise TypeError(
+                    "`x` holds no floating-point tensor, so no path leads to it. Name a `layer`, or cast `x`."
+                )
             return self.x.tensors
         read: list[Tensor] = []
         layers, edit = _reading(self.layer, read, (), None)
@@ -231,8 +230,9 @@ class Call:
 
     def _pullback_to_zeros(self, layer: Layer, shapes: tuple[LayerShape, ...]) -> Pulled:
         calls = calls_of(layer, shapes)
+        device = self.x.device
         # a zero takes no memory until something is added to it
-        zeros = [torch.zeros((), dtype=shapes[i].dtype, device=self.x.device).expand(shapes[i].shape) for i in calls]
+        zeros = [torch.zeros((), dtype=shapes[i].dtype, device=device).expand(shapes[i].shape) for i in calls]
         given = self.activations_given
 
         def forward(account: Account | None, *deltas: Tensor) -> tuple[Tensor, Tensors]:
@@ -285,7 +285,7 @@ class Call:
             return (y, *starts), auxiliary
 
         outputs, back, auxiliary = linearised(function, primals, self._is_plain([*primals, *given]))
-        pull = plain_pull(back) if many is None else SharedPull(many, back, outputs, primals)
+        pull = partial(_pull_one, back) if many is None else SharedPull(many, back, outputs, primals)
         return outputs, pull, auxiliary
 
     def _is_plain(self, primals: Sequence[Tensor]) -> bool:
@@ -315,13 +315,11 @@ class Call:
 
         The copies are folded into the batch axis. At a layer the points are its activations.
         """
-        copies, given = len(points[0]), tuple(folded(point) for point in points)
+        copies, given = len(points[0]), tuple(point.flatten(0, 1) for point in points)
+        again = partial(repeated, copies=copies, batch=self.x.batch)
         if self.layer is None:
-            x = self.x.rebuild(given, lambda v: repeated(v, copies, self.x.batch))
-            return replace(self, x=InputTree(x), copies=copies)
-        x = self.x.rebuild(
-            [repeated(t, copies, self.x.batch) for t in self.x.tensors], lambda v: repeated(v, copies, self.x.batch)
-        )
+            return replace(self, x=InputTree(self.x.rebuild(given, again)), copies=copies)
+        x = self.x.rebuild([again(t) for t in self.x.tensors], again)
         return replace(self, x=InputTree(x), copies=copies, activations_given=given)
 
     def to(self, layer: Layer) -> Call:
@@ -330,23 +328,26 @@ class Call:
 
     def repeat(self, value: Any) -> Any:
         """Repeat what has one entry for each example, such as a target, for each copy of the batch."""
-        return value if self.copies == 1 else repeated(value, self.copies, self.batch)
+        if self.copies == 1 or type(value) is int:
+            return value
+        return repeated(value, self.copies, self.x.batch // self.copies)
 
-    def gradients(self, target: Target) -> list[Tensor]:
+    def gradients(self, target: Target, pulled: Pulled | None = None) -> list[Tensor]:
         """Return the gradients of the score, ``[copy batch ...]`` for each tensor that is explained."""
-        return self.scores_and_gradients(target)[1]
+        pulled = self.pullback() if pulled is None else pulled
+        gradients = pulled.pull(cotangent(pulled.output, self.repeat(target)))
+        return [g.unflatten(0, (self.copies, -1)) for g in gradients]
 
     def scores_and_gradients(self, target: Target) -> tuple[Tensor, list[Tensor]]:
         """Return scores ``[copy batch]`` and gradients ``[copy batch ...]``."""
-        pulled, targets = self.pullback(), self.repeat(target)
-        gradients = pulled.pull(cotangent(pulled.output, targets))
-        scores = unfolded(score(pulled.output, targets), self.copies)
-        return scores, [unfolded(g, self.copies) for g in gradients]
+        pulled = self.pullback()
+        scores = score(pulled.output, self.repeat(target)).unflatten(0, (self.copies, -1))
+        return scores, self.gradients(target, pulled)
 
     def scores(self, target: Target) -> Tensor:
         """Return the scores, ``[copy batch]``."""
         output = self.forward() if self.activations_given is None else self.pullback().output
-        return unfolded(score(output, self.repeat(target)), self.copies)
+        return score(output, self.repeat(target)).unflatten(0, (self.copies, -1))
 
     # -- results
 
@@ -407,17 +408,13 @@ def _in_dtypes(pull: Pull, dtypes: Sequence[torch.dtype], cotangent: Tensor, red
 # -- forwards with their way back
 
 
-def plain_pull(back: Back) -> Pull:
-    """Make the pull of a forward that one target asks for."""
-
-    def pull(cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
-        gradients = back((cotangent,))
-        result = gradients if reduce is None else reduce(gradients)
-        if type(cotangent) is Tensor and not compiling() and not is_functorch_wrapped_tensor(cotangent):
-            return result
-        return tuple(poisoned(r, cotangent) for r in result)  # an index that cannot be read may be no class
-
-    return pull
+def _pull_one(back: Back, cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
+    """Pull the cotangent of one target back."""
+    gradients = back((cotangent,))
+    result = gradients if reduce is None else reduce(gradients)
+    if type(cotangent) is Tensor and not compiling() and not is_functorch_wrapped_tensor(cotangent):
+        return result
+    return tuple(poisoned(r, cotangent) for r in result)  # an index that cannot be read may be no class
 
 
 def linearised(

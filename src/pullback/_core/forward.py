@@ -61,7 +61,7 @@ def run_model(
     taps = None
     if edit is not None:
         taps = attach(model_copy, layers, edit, shapes or {})
-        undo.append(taps.detach)
+        undo += taps.undo
     with mode:
         if compiling():
             result = functional_call(model_copy.root, params, args, kwargs)  # pyright: ignore[reportArgumentType]

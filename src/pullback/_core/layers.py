@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pullback._core.module_copy import ModuleCopy
-from pullback._core.modules import is_scripted, nearest, set_plainly
+from pullback._core.modules import nearest, set_plainly
 from pullback._core.types import Layer
 
 Edit: TypeAlias = "Callable[[Layer, int, Tensor], Tensor]"  # from layer, number of the call, activation
@@ -73,9 +73,13 @@ def find_part(value: Any, layer: Layer) -> tuple[Tensor, Callable[[Tensor], Any]
 
 
 class attach:
-    """Hook `edit` to the copies of `layers`. `calls` counts the calls of each layer.
+    """Hook `edit` to the copies of `layers`.
 
     `edit` runs outside of the rules: it must use aten overloads, which no table of rules names.
+
+    Attributes:
+        calls: How often each layer was called.
+        undo: What removes the hooks.
     """
 
     def __init__(self, model_copy: ModuleCopy, layers: Sequence[Layer], edit: Edit, shapes: LayerShapes) -> None:
@@ -83,13 +87,12 @@ class attach:
         self.edit, self.shapes = edit, shapes
         self.undo: list[Callable[[], None]] = []
         for layer in layers:
-            after = None if layer.at == "input" else self._after
-            before = self._before if layer.at == "input" else self._before_in_place
+            aliases = any([shape.aliases_input for shape in shapes.get(layer, ())])  # noqa: C419 (faster)
+            if layer.at == "input":
+                before, after = self._before, None
+            else:
+                before, after = (self._before_in_place, self._after_in_place) if aliases else (None, self._after)
             self.undo.append(around(find_module(model_copy, layer), layer, before, after))
-
-    def detach(self) -> None:
-        for undo in self.undo:
-            undo()
 
     def _edited(self, layer: Layer, tensor: Tensor) -> Tensor:
         call = self.calls[layer]
@@ -100,13 +103,16 @@ class attach:
         shapes = self.shapes.get(layer, ())
         return self.calls[layer] < len(shapes) and shapes[self.calls[layer]].aliases_input
 
+    def _after(self, layer: Layer, args: tuple[Any, ...], result: Any) -> Any:
+        tensor, put = find_part(result, layer)
+        call = self.calls[layer]
+        self.calls[layer] = call + 1
+        return put(self.edit(layer, call, tensor))
+
     def _before(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Edit what the layer receives. Where the layer writes to it, edit the tensor itself, which others share."""
         aliases_input = self._aliases_input(layer)
-        if args:
-            tensor, put = find_part(args, layer)
-        else:
-            tensor, put = find_part(kwargs, layer)
+        tensor, put = find_part(args or kwargs, layer)
         if aliases_input:
             tensor.copy_(self._edited(layer, tensor.clone()))
             return args, kwargs
@@ -114,24 +120,22 @@ class attach:
         return (edited, kwargs) if args else (args, edited)
 
     def _before_in_place(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let a layer that works in place work on a clone; `_after` writes the edited result to the original."""
+        """Let a layer that works in place work on a clone: `_after_in_place` writes the result to the original."""
         if not self._aliases_input(layer):
             return args, kwargs
         tensor, put = find_part(args, replace(layer, part=None))
         return put(tensor.clone()), kwargs
 
-    def _after(self, layer: Layer, args: tuple[Any, ...], result: Any) -> Any:
-        aliases_input = self._aliases_input(layer)
+    def _after_in_place(self, layer: Layer, args: tuple[Any, ...], result: Any) -> Any:
+        if not self._aliases_input(layer):
+            return self._after(layer, args, result)
         tensor, put = find_part(result, layer)
-        edited = self._edited(layer, tensor)
-        if not aliases_input:
-            return put(edited)
         original, _ = find_part(args, replace(layer, part=None))
-        return put(original.copy_(edited))
+        return put(original.copy_(self._edited(layer, tensor)))
 
 
 def around(
-    module: nn.Module, layer: Layer, before: Callable[..., Any], after: Callable[..., Any] | None
+    module: nn.Module, layer: Layer, before: Callable[..., Any] | None, after: Callable[..., Any] | None
 ) -> Callable[[], None]:
     """Run `before(layer, args, kwargs)` and `after(layer, args, result)` around a module's call and its hooks.
 
@@ -145,7 +149,7 @@ def around(
         call = twin
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        args_, kwargs_ = before(layer, args, kwargs)
+        args_, kwargs_ = (args, kwargs) if before is None else before(layer, args, kwargs)
         result = call(*args_, **kwargs_)
         return result if after is None else after(layer, args, result)
 
@@ -162,7 +166,7 @@ def find_module(model_copy: ModuleCopy, layer: Layer) -> nn.Module:
     if module is None:
         near = nearest(layer.name, [name for name, _ in model_copy.named_modules() if name])
         raise ValueError(f"No layer `{layer.name}` in the model. {near}")
-    if is_scripted(module):
+    if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
             f"`layer` names `{layer.name}`, a scripted module, whose inside cannot be reached. "
             "Explain the module before `torch.jit.script`."

@@ -255,7 +255,8 @@ class ModuleCopy:
     def install(self, params: Params) -> None:
         """Make the shell ready to run on the tensors of `params`."""
         self.place(params)
-        self.own_buffers(STATE_NUMEL)
+        if self._states:
+            self.own_buffers(STATE_NUMEL)
 
     def place(self, params: Params) -> None:
         """Put the tensors of `params` in the place of the module's own; a tied weight under all its names."""

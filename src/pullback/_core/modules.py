@@ -15,7 +15,7 @@ set_plainly = object.__setattr__  # a module's own looks for parameters and modu
 # modules of these are no wrappers, and what they hold beside parameters and modules takes no part in their forward
 PLAIN_HOMES = frozenset(
     f"torch.nn.modules.{name}"
-    for name in ("activation", "batchnorm", "conv", "dropout", "linear", "normalization", "padding", "pooling")
+    for name in "activation batchnorm container conv dropout flatten linear normalization padding pooling".split()
 )
 
 

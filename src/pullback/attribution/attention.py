@@ -53,7 +53,7 @@ def attention_weights(params: Params, model: Model, x: Inputs, *, output: Output
     weights: list[Tensor] = []
     call = Call.bind(params, model, x, rules=_attention_table(weights, None), output=output)
     call.forward()
-    return _checked(weights, call.batch)
+    return _checked(weights, call.x.batch)
 
 
 def _checked(weights: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
@@ -138,7 +138,7 @@ def attention_relevance(
     found: list[Tensor] = []
     reading = Call.bind(params, model, x, rules=_attention_table(found, None), output=lambda result: torch.zeros(()))
     reading.forward()
-    _checked(found, reading.batch)
+    _checked(found, reading.x.batch)
     zeros = [torch.zeros((), dtype=w.dtype, device=w.device).expand(w.shape) for w in found]
     call = replace(reading, output=output)
 
@@ -148,8 +148,8 @@ def attention_relevance(
         return y, tuple(weights)
 
     (y, *_), pull, weights = call.linearise(forward, zeros)
-    gradients = _checked(pull(cotangent(y, target)), call.batch)
+    gradients = _checked(pull(cotangent(y, target)), call.x.batch)
     total = eye(weights[0].shape[-1], weights[0])
-    for w, g in zip(_checked(weights, call.batch), gradients, strict=True):
+    for w, g in zip(_checked(weights, call.x.batch), gradients, strict=True):
         total = total + (w * g).clamp(min=0).mean(1) @ total
     return total

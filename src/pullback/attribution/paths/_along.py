@@ -10,12 +10,6 @@ from torch import Tensor
 
 from pullback._core.call import Call, InputTree
 from pullback._core.types import Target, Tensors
-from pullback.attribution.paths._quadrature import Term
-
-
-def needs_floating(tree: InputTree) -> None:
-    if not tree.floating:
-        raise TypeError("`x` holds no floating-point tensor, so no path leads to it. Name a `layer`, or cast `x`.")
 
 
 def starts_of(tree: InputTree, baseline: Any) -> list[Any]:
@@ -53,21 +47,15 @@ def _broadcast(baseline: Any, value: Tensor) -> Tensor:
 
 def ends_of(call: Call, baseline: Any) -> tuple[list[Tensors], Tensors]:
     """Return where the paths start and where they end: tensors of `x`, or activations of the call's layer."""
-    if call.layer is None:
-        needs_floating(call.x)
     end = call.activations()
     if baseline is None and call.layer is not None and not call.x.floating:
         return [tuple(torch.zeros_like(a) for a in end)], end
     return [call.on(start).activations() for start in starts_of(call.x, baseline)], end
 
 
-def slope_along(call: Call, target: Target) -> Term:
-    """Velocity times gradient: what each number adds to the score on its way along a path."""
-
-    def term(points: Sequence[Tensor], velocities: Sequence[Tensor]) -> list[Tensor]:
-        return [v * g for v, g in zip(velocities, call.at(points).gradients(target), strict=True)]
-
-    return term
+def slope_along(call: Call, target: Target, points: Sequence[Tensor], velocities: Sequence[Tensor]) -> list[Tensor]:
+    """Velocity times gradient, ``[point batch ...]``: what each number adds to the score on its way along a path."""
+    return [v * g for v, g in zip(velocities, call.at(points).gradients(target), strict=True)]
 
 
 def convergence_delta(

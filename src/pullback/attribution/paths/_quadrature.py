@@ -36,7 +36,8 @@ def integral(
     for part in copies(len(weights), chunk_size, like, progress):
         points, velocities = stacked([point(k) for k in part])
         terms = term(points, velocities)
-        summed = [_weighted(t, weights[part.start : part.stop]) for t in terms]
+        weight = torch.tensor(weights[part.start : part.stop], dtype=terms[0].dtype, device=terms[0].device)
+        summed = [torch.tensordot(weight.to(t.dtype), t, 1) for t in terms]
         total = [a + b for a, b in zip(total, summed, strict=True)] if total else summed
     return total
 
@@ -45,11 +46,6 @@ def stacked(points: Sequence[Point]) -> Point:
     """Stack points and velocities: ``[point batch ...]``."""
     places, velocities = zip(*points, strict=True)
     return [torch.stack(t) for t in zip(*places, strict=True)], [torch.stack(t) for t in zip(*velocities, strict=True)]
-
-
-def _weighted(terms: Tensor, weights: Sequence[float]) -> Tensor:
-    """Sum over the first axis with weights."""
-    return torch.tensordot(torch.tensor(weights, dtype=terms.dtype, device=terms.device), terms, 1)
 
 
 def straight(start: Tensor, end: Tensor, alpha: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from pullback._core.call import Call, InputTree
+from pullback._core.call import Call
 from pullback._core.entry import public
 from pullback._core.inputs import folded, unfolded
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target, Tensors
 from pullback._torch.levels import jvp
-from pullback.attribution.paths._along import needs_floating, starts_of
+from pullback.attribution.paths._along import ends_of
 from pullback.attribution.paths._quadrature import (
     Path,
     Point,
@@ -74,7 +74,7 @@ def internal_influence(
     def term(points: Sequence[Tensor], velocities: Sequence[Tensor]) -> Sequence[Tensor]:
         return call.at(points).to(place).gradients(target)
 
-    along = _along(call.x, baseline, steps, quadrature, path)
+    along = _along(call, baseline, steps, quadrature, path)
     return call.to(place).like(integral(term, *along, chunk_size, call.x.tensors, progress))
 
 
@@ -131,7 +131,7 @@ def conductance(
         velocities_there = _pushed(there, velocities)
         return [v * g for v, g in zip(velocities_there, there.gradients(target), strict=True)]
 
-    along = _along(call.x, baseline, steps, quadrature, path)
+    along = _along(call, baseline, steps, quadrature, path)
     return call.to(place).like(integral(term, *along, chunk_size, call.x.tensors, progress))
 
 
@@ -198,7 +198,7 @@ def neuron_conductance(
         down = [unfolded(g, there.copies) for g in pull(chosen)]
         return [v * g for v, g in zip(velocities, down, strict=True)]
 
-    along = _along(call.x, baseline, steps, quadrature, path)
+    along = _along(call, baseline, steps, quadrature, path)
     return call.like(integral(term, *along, chunk_size, call.x.tensors, progress))
 
 
@@ -238,13 +238,12 @@ def _pushed(call: Call, velocities: Sequence[Tensor]) -> list[Tensor]:
     return [unfolded(m, call.copies) for m in moved]
 
 
-def _along(tree: InputTree, baseline: Any, steps: int, quadrature: str, path: Path) -> tuple[Any, list[float]]:
+def _along(call: Call, baseline: Any, steps: int, quadrature: str, path: Path) -> tuple[Any, list[float]]:
     """Return the points of the paths from the baselines to `x`, and their weights."""
     nodes, weights = quadrature_of(quadrature, steps)
-    needs_floating(tree)
-    starts = [InputTree(start).tensors for start in starts_of(tree, baseline)]
+    starts, end = ends_of(call, baseline)
 
     def point(k: int) -> Point:
-        return on_path(path, starts[k // steps], tree.tensors, nodes[k % steps])
+        return on_path(path, starts[k // steps], end, nodes[k % steps])
 
     return point, [w / len(starts) for w in weights] * len(starts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -89,7 +90,9 @@ def discretised_integrated_gradients(
         before, after = (steps_taken[j] if 0 <= j < steps else none for j in (k - 1, k))
         return [places[k]], [(before + after) / 2]
 
-    return call.like(integral(slope_along(call, target), point, (1.0,) * (steps + 1), chunk_size, end, progress))
+    return call.like(
+        integral(partial(slope_along, call, target), point, (1.0,) * (steps + 1), chunk_size, end, progress)
+    )
 
 
 def _word_path(end: Tensor, start: Tensor, words: Tensor, steps: int, neighbours: int, strategy: str) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from pullback._core.call import Call, InputTree
 from pullback._core.entry import public
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, normal, uniform
-from pullback.attribution.paths._along import needs_floating, slope_along
+from pullback.attribution.paths._along import slope_along
 from pullback.attribution.paths._quadrature import (
     Point,
     integral,
@@ -75,8 +76,6 @@ def expected_gradients(
         raise ValueError(f"`samples` must be at least 1, got {samples}.")
     call = Call.bind(params, model, x, layer, table_of(rules), output)
     tree = call.x
-    if call.layer is None:
-        needs_floating(tree)
     for key, t in zip(tree.floating, tree.tensors, strict=True):
         _check_pool(baselines if key is None else baselines[key], t)
     data, end = call.on(baselines).activations(), call.activations()
@@ -90,7 +89,9 @@ def expected_gradients(
         velocities = [e - start for start, e in zip(starts, ends, strict=True)]
         return [s + alpha.to(v.dtype) * v for s, v in zip(starts, velocities, strict=True)], velocities
 
-    return call.like(integral(slope_along(call, target), point, (1 / samples,) * samples, chunk_size, end, progress))
+    return call.like(
+        integral(partial(slope_along, call, target), point, (1 / samples,) * samples, chunk_size, end, progress)
+    )
 
 
 def _noisy(tree: InputTree, noise: float, seed: Seed, index: Tensor) -> Any:

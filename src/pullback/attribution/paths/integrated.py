@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -92,7 +93,12 @@ def integrated_gradients(
         return on_path(path, starts[k // steps], end, nodes[k % steps])
 
     a = integral(
-        slope_along(call, target), point, [w / len(starts) for w in weights] * len(starts), chunk_size, end, progress
+        partial(slope_along, call, target),
+        point,
+        [w / len(starts) for w in weights] * len(starts),
+        chunk_size,
+        end,
+        progress,
     )
     if not return_info:
         return call.like(a)
