@@ -322,8 +322,8 @@ class Call:
         x = self.x.rebuild([again(t) for t in self.x.tensors], again)
         return replace(self, x=InputTree(x), copies=copies, activations_given=given)
 
-    def to(self, layer: Layer) -> Call:
-        """Return the same call with the derivative taken at a layer."""
+    def to(self, layer: Layer | None) -> Call:
+        """Return the same call with the derivative taken at a layer, or at the input."""
         return replace(self, layer=layer)
 
     def repeat(self, value: Any) -> Any:

@@ -91,8 +91,10 @@ class Layer:
             object.__setattr__(self, "call", int(call))
 
     @staticmethod
-    def of(layer: str | Layer) -> Layer:
-        return layer if isinstance(layer, Layer) else Layer(layer)
+    def of(layer: str | Layer) -> Layer | None:
+        """Return the layer that is named; `None` for ``""``, the model's input."""
+        found = layer if isinstance(layer, Layer) else Layer(layer)
+        return found if found.name else None
 
     def __str__(self) -> str:
         part = "" if self.part is None else f":{self.part}"

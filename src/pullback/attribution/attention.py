@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from pullback._core.call import Call
-from pullback._core.entry import public
+from pullback._core.entry import method, public
 from pullback._core.targets import cotangent
 from pullback._core.types import Inputs, Model, Output, Params, Target
 from pullback._ops.accounting import Account
@@ -102,7 +102,7 @@ def attention_rollout(params: Params, model: Model, x: Inputs, *, output: Output
     return total
 
 
-@public
+@method("attention", "pairs", "self-attention", forwards=2)
 def attention_relevance(
     params: Params, model: Model, x: Inputs, target: Target, *, output: Output = None, strict: bool = False
 ) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pullback import maps
 from pullback._core.call import Call, InputTree
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.targets import cotangent, score
 from pullback._core.types import Inputs, Model, Output, Params, Target
 from pullback._ops.accounting import Account
@@ -30,7 +30,7 @@ _CURVED += [torch.clamp, torch.clamp_min, torch.clamp_max, F.softmax, F.log_soft
 _CURVED += [torch.pow, torch.square, torch.sqrt, torch.exp, torch.log]
 
 
-@public
+@method("gradients", "map", "one tensor", "positions", forwards=2)
 def full_grad(
     params: Params,
     model: Model,

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from pullback import maps
 from pullback._core.call import Call, Pulled
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.targets import cotangent
 from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
 from pullback.rules._table import Rules, table_of
 
 
-@public
+@method("gradients", mechanism="own")
 def gradient(
     params: Params,
     model: Model,
@@ -69,7 +69,7 @@ def gradient(
     return call.like(pulled.pull(cotangent(pulled.output, target)))
 
 
-@public
+@method("gradients")
 def input_x_gradient(
     params: Params,
     model: Model,
@@ -108,7 +108,7 @@ def input_x_gradient(
     return call.like([a * g for a, g in zip(pulled.activations, gradients, strict=True)])
 
 
-@public
+@method("gradients", rectifiers=True, mechanism="own")
 def guided_backprop(
     params: Params,
     model: Model,
@@ -147,7 +147,7 @@ def guided_backprop(
     return gradient(params, model, x, target, layer=layer, rules="guided", output=output)
 
 
-@public
+@method("gradients", rectifiers=True)
 def deconvnet(
     params: Params,
     model: Model,
@@ -186,7 +186,7 @@ def _peak(activation: Tensor, gradient: Tensor) -> Tensor:
     return maps.channel_peak(gradient)
 
 
-@public
+@method("gradients", "map", "one map")
 def saliency(
     params: Params,
     model: Model,

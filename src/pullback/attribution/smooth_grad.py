@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pullback._core.call import InputTree
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.inputs import each, folded, repeated, unfolded
 from pullback._core.many.copies import copies
 from pullback._core.types import ChunkSize, Inputs, Model, Params, Progress, Target
@@ -19,7 +19,7 @@ from pullback.attribution.gradients import gradient
 Attribution = Callable[..., Any]
 
 
-@public
+@method("gradients", small={"samples": 3, "noise": 0.1}, forwards=lambda o: o["samples"])
 def smooth_grad(
     params: Params,
     model: Model,

@@ -10,7 +10,7 @@ from einops import einsum
 from torch import Tensor
 
 from pullback import maps
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.types import Model, Output, Params, Target
 from pullback.attribution.paths.integrated import integrated_gradients
 
@@ -22,7 +22,15 @@ def _black_and_white(params: Params, model: Model, x: Tensor, target: Target, **
     return integrated_gradients(params, model, x, target, baseline=ends, **options)
 
 
-@public
+@method(
+    "regions",
+    "attribution",
+    "one tensor",
+    "image",
+    small={"steps": 2},
+    forwards=lambda o: 2 * o["steps"],
+    mechanism="formula",
+)
 def xrai(
     params: Params,
     model: Model,

@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 from pullback import maps
 from pullback._core.call import Call
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.targets import cotangent
 from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
 from pullback.attribution.cam._channels import Tokens, gridded
 
 
-@public
+@method("cam", "map", "positions at the layer", "pooled head", mechanism="formula")
 def cam(
     params: Params,
     model: Model,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pullback import maps
 from pullback._core.call import Call
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed
 from pullback.attribution.cam._channels import Tokens, gridded, over_positions, ratio, read_channels
@@ -40,7 +40,7 @@ def pulled_map(
     return reduced(call, call.pullback(), target, laid_out)
 
 
-@public
+@method("cam", "map", "positions at the layer", mechanism="own")
 def grad_cam(
     params: Params,
     model: Model,
@@ -89,7 +89,7 @@ def grad_cam(
     return pulled_map(params, model, x, target, layer, tokens, rules, output, weigh).clamp(min=0)
 
 
-@public
+@method("cam", "map", "positions at the layer", mechanism="formula")
 def linear_approx(
     params: Params,
     model: Model,
@@ -127,7 +127,7 @@ def linear_approx(
     return pulled_map(params, model, x, target, layer, tokens, rules, output, maps.weighted_sum)
 
 
-@public
+@method("cam", "map", "positions at the layer", mechanism="formula")
 def hires_cam(
     params: Params,
     model: Model,
@@ -166,7 +166,7 @@ def hires_cam(
     return pulled_map(params, model, x, target, layer, tokens, rules, output, maps.weighted_sum).clamp(min=0)
 
 
-@public
+@method("cam", "map", "positions at the layer", mechanism="formula")
 def elementwise_grad_cam(
     params: Params,
     model: Model,
@@ -208,7 +208,7 @@ def elementwise_grad_cam(
     return pulled_map(params, model, x, target, layer, tokens, rules, output, weigh)
 
 
-@public
+@method("cam", "map", "positions at the layer", mechanism="formula")
 def layer_cam(
     params: Params,
     model: Model,
@@ -252,7 +252,7 @@ def layer_cam(
     return pulled_map(params, model, x, target, layer, tokens, rules, output, weigh).clamp(min=0)
 
 
-@public
+@method("cam", "map", "positions at the layer", mechanism="formula")
 def xgrad_cam(
     params: Params,
     model: Model,
@@ -303,7 +303,7 @@ def _plus_plus(activation: Tensor, first: Tensor, second: Tensor, third: Tensor)
     return over_positions(alpha * first.clamp(min=0)).flatten(1)
 
 
-@public
+@method("cam", "map", "positions at the layer", mechanism="formula")
 def grad_cam_plus_plus(
     params: Params,
     model: Model,
@@ -348,7 +348,15 @@ def grad_cam_plus_plus(
     return pulled_map(params, model, x, target, layer, tokens, rules, output, weigh).clamp(min=0)
 
 
-@public
+@method(
+    "cam",
+    "map",
+    "positions at the layer",
+    "floating input",
+    small={"samples": 2, "noise": 0.1},
+    forwards=lambda o: o["samples"] + 1,
+    mechanism="formula",
+)
 def smooth_grad_cam_plus_plus(
     params: Params,
     model: Model,

@@ -11,7 +11,7 @@ from torch import Tensor
 from pullback import maps
 from pullback._core.batching import chunks, report
 from pullback._core.call import Call
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.inputs import folded, repeated, unfolded
 from pullback._core.targets import score
 from pullback._core.types import Inputs, Layer, Model, Output, Params, Progress, Target
@@ -86,7 +86,7 @@ def _scored_masks(
     return maps.weighted_sum(activation, weights.mT).clamp(min=0)
 
 
-@public
+@method("cam", "map", "positions at the layer", "one tensor", forwards=lambda o: 1 + o["channels"], mechanism="formula")
 def score_cam(
     params: Params,
     model: Model,
@@ -134,7 +134,15 @@ def score_cam(
     return _scored_masks(params, model, x, target, layer, tokens, output, 1, chunk_size, progress, vary)
 
 
-@public
+@method(
+    "cam",
+    "map",
+    "positions at the layer",
+    "one tensor",
+    small={"samples": 2, "noise": 0.5},
+    forwards=lambda o: 1 + o["samples"] * o["channels"],
+    mechanism="formula",
+)
 def ss_cam(
     params: Params,
     model: Model,
@@ -192,7 +200,15 @@ def ss_cam(
     return _scored_masks(params, model, x, target, layer, tokens, output, samples, chunk_size, progress, vary)
 
 
-@public
+@method(
+    "cam",
+    "map",
+    "positions at the layer",
+    "one tensor",
+    small={"samples": 2},
+    forwards=lambda o: 1 + o["samples"] * o["channels"],
+    mechanism="formula",
+)
 def is_cam(
     params: Params,
     model: Model,
@@ -240,7 +256,7 @@ def is_cam(
     return _scored_masks(params, model, x, target, layer, tokens, output, samples, chunk_size, progress, vary)
 
 
-@public
+@method("cam", "map", "positions at the layer", forwards=lambda o: 1 + o["channels"], mechanism="formula")
 def ablation_cam(
     params: Params,
     model: Model,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pullback import maps
 from pullback._core.call import Call
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.targets import cotangent
 from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
 from pullback.attribution.cam._channels import Tokens, ratio
@@ -20,7 +20,7 @@ from pullback.attribution.gradients import guided_backprop
 Method: TypeAlias = "Callable[..., Any]"
 
 
-@public
+@method("cam", "map", "positions at the layer", "classes", forwards=2, mechanism="formula")
 def finer_cam(
     params: Params,
     model: Model,
@@ -76,7 +76,7 @@ def finer_cam(
     return method(params, model, x, difference, output=output, **options)
 
 
-@public
+@method("cam", "map", "positions at the layer", mechanism="formula")
 def fused_cam(
     params: Params,
     model: Model,
@@ -125,7 +125,7 @@ def fused_cam(
     return torch.tanh(scale * ratio(stack, peak.expand_as(stack))).amax(0)
 
 
-@public
+@method("cam", "map", "positions at the layer", mechanism="formula")
 def refine_cam(
     params: Params,
     model: Model,
@@ -176,7 +176,7 @@ def _maps_at(layers: Sequence[str], method: Method, *args: Any, **options: Any) 
     return torch.stack([map if map.shape[2:] == size else maps.resize(map, size) for map in found])
 
 
-@public
+@method("cam", "attribution", "positions at the layer", "one tensor", forwards=2, rectifiers=True, mechanism="formula")
 def guided_grad_cam(
     params: Params,
     model: Model,

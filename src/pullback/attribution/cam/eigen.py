@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pullback._core.call import Call
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.targets import score
 from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
 from pullback._torch.internals import eye
@@ -15,7 +15,7 @@ from pullback.attribution.cam.by_gradient import pulled_map
 from pullback.rules._table import Rules
 
 
-@public
+@method("cam", "map", "positions at the layer", mechanism="formula")
 def eigen_cam(
     params: Params,
     model: Model,
@@ -57,7 +57,7 @@ def eigen_cam(
     return whole + nothing.reshape(-1, *[1] * (whole.ndim - 1))
 
 
-@public
+@method("cam", "map", "positions at the layer", mechanism="formula")
 def eigen_grad_cam(
     params: Params,
     model: Model,

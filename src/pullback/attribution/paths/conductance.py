@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from pullback._core.call import Call
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.inputs import folded, unfolded
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target, Tensors
 from pullback._torch.levels import jvp
@@ -27,7 +27,9 @@ from pullback.attribution.paths._quadrature import (
 from pullback.rules._table import Rules, table_of
 
 
-@public
+@method(
+    "paths", "attribution", "floating input", small={"steps": 2}, forwards=lambda o: o["steps"], mechanism="formula"
+)
 def internal_influence(
     params: Params,
     model: Model,
@@ -78,7 +80,9 @@ def internal_influence(
     return call.to(place).like(integral(term, *along, chunk_size, call.x.tensors, progress))
 
 
-@public
+@method(
+    "paths", "attribution", "floating input", small={"steps": 2}, forwards=lambda o: 2 * o["steps"], mechanism="formula"
+)
 def conductance(
     params: Params,
     model: Model,
@@ -135,7 +139,9 @@ def conductance(
     return call.to(place).like(integral(term, *along, chunk_size, call.x.tensors, progress))
 
 
-@public
+@method(
+    "paths", "attribution", "floating input", small={"steps": 2}, forwards=lambda o: 2 * o["steps"], mechanism="formula"
+)
 def neuron_conductance(
     params: Params,
     model: Model,

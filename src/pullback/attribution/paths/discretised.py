@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 from pullback._core.call import Call
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback.attribution.paths._along import ends_of, slope_along
 from pullback.attribution.paths._quadrature import Point, integral
 from pullback.rules._table import Rules, table_of
 
 
-@public
+@method(
+    "paths",
+    "attribution",
+    "one embedding",
+    small={"steps": 3, "neighbours": 4},
+    forwards=lambda o: o["steps"] + 1,
+    reads=1,
+    mechanism="formula",
+)
 def discretised_integrated_gradients(
     params: Params,
     model: Model,

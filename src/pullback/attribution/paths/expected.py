@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pullback._core.call import Call, InputTree
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, normal, uniform
 from pullback.attribution.paths._along import slope_along
@@ -20,7 +20,7 @@ from pullback.attribution.paths._quadrature import (
 from pullback.rules._table import Rules, table_of
 
 
-@public
+@method("paths", small={"samples": 2, "noise": 0.1}, forwards=lambda o: o["samples"], reads=2, mechanism="formula")
 def expected_gradients(
     params: Params,
     model: Model,

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from pullback._core.batching import report
 from pullback._core.call import Call
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.types import Inputs, Model, Output, Params, Progress, Target
 from pullback.attribution.paths._along import ends_of
 from pullback.rules._table import Rules, table_of
 
 
-@public
+@method("paths", small={"steps": 3}, forwards=lambda o: o["steps"], adaptive=lambda o: o["steps"] - 1)
 def guided_integrated_gradients(
     params: Params,
     model: Model,

@@ -11,7 +11,7 @@ from torch.func import vjp
 
 from pullback._core.batching import report
 from pullback._core.call import Call, InputTree
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.targets import score
 from pullback._core.types import Inputs, Model, Output, Params, Progress, Target
 from pullback._ops.dispatch import Table
@@ -27,7 +27,7 @@ from pullback.attribution.paths.integrated import integrated_gradients
 _SMOOTH = Table.of({torch.nn.functional.layer_norm: lambda operation, *args, **kwargs: layer_norm(*args, **kwargs)})
 
 
-@public
+@method("paths", "pairs", "one tensor", small={"steps": 2}, forwards=lambda o: 1 + o["steps"] ** 2, mechanism="formula")
 def integrated_hessians(
     params: Params,
     model: Model,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pullback._core.call import Call
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.many.copies import copies
 from pullback._core.types import ChunkSize, Inputs, Model, Output, Params, Progress, Target
 from pullback.attribution.paths._along import ends_of
@@ -22,7 +22,7 @@ from pullback.attribution.paths._quadrature import (
 from pullback.rules._table import Rules, table_of
 
 
-@public
+@method("paths", small={"steps": 3}, forwards=lambda o: o["steps"] + 1, mechanism="formula")
 def idgi(
     params: Params,
     model: Model,

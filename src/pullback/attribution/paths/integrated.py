@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pullback import maps
 from pullback._core.call import Call, InputTree
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback.attribution.paths._along import convergence_delta, ends_of, slope_along
 from pullback.attribution.paths._quadrature import (
@@ -25,7 +25,7 @@ from pullback.attribution.paths._quadrature import (
 from pullback.rules._table import Rules, table_of
 
 
-@public
+@method("paths", small={"steps": 3}, forwards=lambda o: o["steps"], reads=1)
 def integrated_gradients(
     params: Params,
     model: Model,
@@ -106,7 +106,14 @@ def integrated_gradients(
     return call.like(a), {"convergence_delta": convergence_delta(call, target, a, first, end)}
 
 
-@public
+@method(
+    "paths",
+    "attribution",
+    "positions",
+    small={"steps": 2, "sigma": 0.3},
+    forwards=lambda o: o["steps"],
+    mechanism="formula",
+)
 def blur_integrated_gradients(
     params: Params,
     model: Model,

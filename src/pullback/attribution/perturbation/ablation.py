@@ -9,14 +9,14 @@ from torch import Tensor
 
 from pullback._core.batching import report, wide
 from pullback._core.checks import at_least
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.masked import MaskedModel
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, uniform
 from pullback.attribution.perturbation._features import FeatureGroups
 
 
-@public
+@method("perturbation", forwards=lambda o: 1 + o["features"])
 def feature_ablation(
     params: Params,
     model: Model,
@@ -70,7 +70,7 @@ def feature_ablation(
     return groups.laid_out((whole - groups.scores(groups.count, keep, chunk_size, progress)).T)
 
 
-@public
+@method("perturbation", small={"samples": 2}, forwards=lambda o: 1 + o["samples"] * o["features"])
 def feature_permutation(
     params: Params,
     model: Model,

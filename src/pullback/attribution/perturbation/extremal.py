@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pullback._core.batching import report, wide
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.inputs import unfolded
 from pullback._core.masked import MaskAxes, MaskedModel, mask_axes_of
 from pullback._core.targets import score
@@ -18,7 +18,14 @@ from pullback.attribution.perturbation._optimise import Judge, Reward, contrast,
 from pullback.masks import blended, pyramid
 
 
-@public
+@method(
+    "perturbation",
+    "map",
+    "one map",
+    small={"iterations": 2, "step": 2, "sigma": 2.0, "levels": 3, "max_blur": 1.0, "areas": 0.3},
+    forwards=lambda o: o["iterations"],
+    adaptive=lambda o: o["iterations"] - 1,
+)
 def extremal_perturbation(
     params: Params,
     model: Model,

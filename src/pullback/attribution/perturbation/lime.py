@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pullback._core.checks import at_least
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.masked import MaskedModel
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, uniform
@@ -16,7 +16,7 @@ from pullback.attribution.perturbation._coalitions import checked_coalitions, le
 from pullback.attribution.perturbation._features import FeatureGroups
 
 
-@public
+@method("perturbation", small={"samples": 5}, forwards=lambda o: o["samples"])
 def lime(
     params: Params,
     model: Model,

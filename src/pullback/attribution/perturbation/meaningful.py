@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pullback import maps
 from pullback._core.batching import report, wide
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.masked import Link, MaskedModel, axis_sizes, mask_axes_of
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, uniform
@@ -18,7 +18,14 @@ from pullback.attribution.perturbation._optimise import in_parts
 from pullback.masks import Fill, fill
 
 
-@public
+@method(
+    "perturbation",
+    "map",
+    "one map",
+    small={"iterations": 3, "grid": 3, "jitter": 3, "baseline": 0.0, "start": 0.5},
+    forwards=lambda o: o["iterations"],
+    adaptive=lambda o: o["iterations"] - 1,
+)
 def meaningful_perturbation(
     params: Params,
     model: Model,

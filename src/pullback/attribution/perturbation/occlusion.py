@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pullback._core.batching import report, wide
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.masked import MaskedModel, axis_sizes, mask_axes_of
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback.masks import Fill, fill, windows
@@ -17,7 +17,7 @@ from pullback.masks import Fill, fill, windows
 # -- windows and masks over an image
 
 
-@public
+@method("perturbation", "map", "one map", small={"window": 9}, forwards=lambda o: 1 + o["windows"])
 def occlusion(
     params: Params,
     model: Model,

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from pullback._core.batching import report, wide
 from pullback._core.checks import at_least
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.masked import Link, MaskedModel, axis_sizes, mask_axes_of
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, uniform
 from pullback.masks import grid_masks
 
 
-@public
+@method("perturbation", "map", "one map", small={"samples": 4, "grid": 2}, forwards=lambda o: o["samples"])
 def rise(
     params: Params,
     model: Model,

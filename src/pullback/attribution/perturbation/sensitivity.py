@@ -11,7 +11,7 @@ from torch import Tensor
 from pullback import maps
 from pullback._core.batching import report, wide
 from pullback._core.checks import at_least
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.masked import MaskedModel, axis_sizes, mask_axes_of
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed, uniform
@@ -56,7 +56,13 @@ def _on_cells(
     return torch.cat(found), grid, mask_axes.sizes
 
 
-@public
+@method(
+    "perturbation",
+    "map",
+    "one map",
+    small={"samples": 3, "grid": 1},
+    forwards=lambda o: o["samples"] * (o["cells"] + 2),
+)
 def sobol_attribution(
     params: Params,
     model: Model,
@@ -128,7 +134,7 @@ def sobol_attribution(
     return _cell_maps(shares.T, grid, sizes).to(masked.dtype)
 
 
-@public
+@method("perturbation", "map", "one map", small={"samples": 5, "grid": 2}, forwards=lambda o: o["samples"])
 def hsic_attribution(
     params: Params,
     model: Model,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pullback._core.checks import at_least
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.masked import MaskedModel
 from pullback._core.types import ChunkSize, Inputs, Layer, Model, Output, Params, Progress, Target
 from pullback._torch.random import Seed
@@ -23,7 +23,7 @@ from pullback.attribution.perturbation._coalitions import (
 from pullback.attribution.perturbation._features import FeatureGroups
 
 
-@public
+@method("perturbation", forwards=lambda o: 2 ** o["features"])
 def shapley_values(
     params: Params,
     model: Model,
@@ -86,7 +86,7 @@ def shapley_values(
     return groups.laid_out(torch.stack(found, 1))
 
 
-@public
+@method("perturbation", small={"samples": 2}, forwards=lambda o: o["samples"] * (o["features"] - 1) + 2)
 def shapley_sampling(
     params: Params,
     model: Model,
@@ -166,7 +166,7 @@ def shapley_sampling(
     return attribution, {"error": groups.laid_out(error.T)}
 
 
-@public
+@method("perturbation", small={"samples": 4}, forwards=lambda o: o["samples"] + 2)
 def kernel_shap(
     params: Params,
     model: Model,

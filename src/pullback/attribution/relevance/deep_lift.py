@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pullback._core.batching import report
 from pullback._core.call import Call, InputTree
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.inputs import each
 from pullback._core.targets import cotangent
 from pullback._core.types import Inputs, Layer, Model, Output, Params, Progress, Target
@@ -18,7 +18,7 @@ from pullback.rules._secants import Tape, paired, recording
 # -- DeepLIFT
 
 
-@public
+@method("relevance", forwards=2, mechanism="own")
 def deep_lift(
     params: Params,
     model: Model,
@@ -125,7 +125,7 @@ def _start(tree: InputTree, baseline: Any) -> Any:
     return tuple(starts.values()) if isinstance(tree.x, tuple) else starts
 
 
-@public
+@method("relevance", forwards=lambda o: 2 * o["baselines"])
 def deep_lift_shap(
     params: Params,
     model: Model,

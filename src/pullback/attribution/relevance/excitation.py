@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pullback._core.call import Call
-from pullback._core.entry import public
+from pullback._core.entry import method
 from pullback._core.modules import named_layers, nearest
 from pullback._core.targets import cotangent
 from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
@@ -22,7 +22,7 @@ from pullback.rules._lrp import contrasted, excitation, last
 from pullback.rules._table import table_of
 
 
-@public
+@method("relevance")
 def excitation_backprop(
     params: Params,
     model: Model,
@@ -69,7 +69,7 @@ def _probability(y: Tensor, target: Target) -> Tensor:
     return cotangent(y, target) / nonzero(y)
 
 
-@public
+@method("relevance")
 def contrastive_excitation_backprop(
     params: Params,
     model: Model,

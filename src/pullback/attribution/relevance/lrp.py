@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pullback._core.call import Call, InputTree, Pulled
-from pullback._core.entry import public
+from pullback._core.entry import method, public
 from pullback._core.shapes import layer_shapes
 from pullback._core.targets import cotangent
 from pullback._core.types import Inputs, Layer, Model, Output, Params, Target
@@ -24,7 +24,7 @@ def times_activation(call: Call, pulled: Pulled, cotangents: Sequence[Tensor]) -
     return call.like([nonzero(a) * c for a, c in zip(pulled.activations, cotangents, strict=True)])
 
 
-@public
+@method("relevance", mechanism="own")
 def lrp(
     params: Params,
     model: Model,
@@ -110,7 +110,7 @@ def relevance_flow(
         True
     """
     call = Call.bind(params, model, x, rules=table_of(rules), output=output)
-    shapes = {Layer.of(name): layer_shapes(params, model, x, Layer.of(name)) for name in layers if name}
+    shapes = {Layer(name): layer_shapes(params, model, x, Layer(name)) for name in layers if name}
     places = [(layer, i) for layer, calls in shapes.items() for i in range(len(calls))]
     zeros = [torch.zeros(shapes[layer][i].shape, dtype=shapes[layer][i].dtype) for layer, i in places]
     inputs = call.x.tensors
@@ -136,8 +136,6 @@ def relevance_flow(
     of_place = dict(zip(places, relevance[len(inputs) :], strict=True))
     found: dict[str, Tensor] = {}
     for name in layers:
-        parts = (
-            [r for (layer, _), r in of_place.items() if layer == Layer.of(name)] if name else relevance[: len(inputs)]
-        )
+        parts = [r for (layer, _), r in of_place.items() if layer == Layer(name)] if name else relevance[: len(inputs)]
         found[name] = sum(parts[1:], parts[0])
     return found
