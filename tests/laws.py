@@ -1,17 +1,17 @@
 """The contract's list: every public method, what a small call of it needs, and what it does not support.
 
-A method is a public function whose first four arguments are `(params, model, x, target)`. It joins by being public; an
-entry in `LAWS` is owed only where a call needs options or does not support something. What is not supported stands in
-`EXCEPTIONS` with the reason, and `test_laws.py` asserts that it raises: nothing is skipped. README's table is made
-from the same list, by `python tests/laws.py`.
+A method is a public function whose first four arguments are `(params, model, x, target)`. It joins by being public.
+What it needs, and how often a call runs the model, it declares beside its code. What is not supported stands in
+`EXCEPTIONS` with the reason, and `test_laws.py` asserts that it raises: nothing is skipped. The documentation's table
+is made from the same list, by `python tests/laws.py`.
 """
 
 import functools
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +25,13 @@ from torch.utils import _pytree as pytree
 
 import pullback
 from pullback import rules
+from pullback._core.entry import Declaration, Need, declaration_of
 
 Method = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Law:
-    """How the laws call one method.
-
-    Attributes:
-        options: Keyword arguments that keep a call small.
-        points: How many times one call runs the model, for any number of targets.
-        reads: How many times more, to read a layer.
-        adaptive: How many of these follow from the target, so that each target has its own.
-        rules: Changes the backward of rectifiers, and must tell of activations that it does not cover.
-        basis: Stands for a mechanism of its own: `make test` tries it on every model, not on the core alone.
-        suited: More keyword arguments, made for the model.
-    """
-
-    options: Mapping[str, Any] = field(default_factory=dict)
-    points: int | Callable[[Case], int] = 1
-    reads: int = 0
-    adaptive: int = 0
-    rules: bool = False
-    basis: bool = False
-    suited: Callable[[Case], Mapping[str, Any]] = lambda case: {}
-
-
 def three_features(case: Case) -> dict[str, Any]:
-    """Number what is covered, the input or the layer that stands for it, by threes."""
+    """Number what is perturbed, the input or the layer that stands for it, by threes."""
     if case.integer:
         (shape, *_) = slow.layer_shapes(case.twin(), case.call, case.x)[case.layers[0]]
         return {"feature_mask": torch.arange(torch.Size(shape[1:]).numel()).reshape(shape[1:]) % 3}
@@ -65,8 +43,33 @@ def three_features(case: Case) -> dict[str, Any]:
 
 
 def other_examples(case: Case) -> dict[str, Any]:
-    several = pytree.tree_map(lambda part: torch.cat([part + k for k in range(4)]), case.x)
-    return {"background": several, **three_features(case)}
+    return {"background": pytree.tree_map(lambda part: torch.cat([part + k for k in range(4)]), case.x)}
+
+
+def some_words(case: Case) -> dict[str, Any]:
+    width = 6 if case.integer or not isinstance(case.x, Tensor) else case.x.shape[-1]
+    return {"words": torch.randn(11, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)}
+
+
+def another_start(case: Case, factor: float = 0.3) -> Any:
+    """A baseline of one example, and no mask over everything."""
+    start = pytree.tree_map(lambda part: (factor if part.is_floating_point() else 0) * part[:1].flip(-1), case.x)
+    return {k: v for k, v in start.items() if k != "attention_mask"} if isinstance(start, dict) else start
+
+
+SEGMENTS = torch.arange(36).reshape(6, 6) // 7 == torch.arange(6).reshape(6, 1, 1)
+
+# What a parameter of this name is given, where a method has one.
+BY_PARAMETER: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "feature_mask": three_features,
+    "background": other_examples,
+    "baselines": lambda case: {"baselines": case.x},
+    "words": some_words,
+    "segments": lambda case: {"segments": SEGMENTS},
+    "layers": lambda case: {"layers": case.layers[:1]},
+    "head": lambda case: {"head": "head"},
+    "neuron": lambda case: {"neuron": torch.ones((), dtype=torch.float64)},
+}
 
 
 def a_far_baseline(case: Case) -> dict[str, Any]:
@@ -79,31 +82,18 @@ def channels_last(case: Case) -> dict[str, Any]:
     return {"tokens": "channels_last"} if case.name == "lstm" else {}
 
 
-LAWS: dict[str, Law] = {
-    "gradient": Law(basis=True),
-    "guided_backprop": Law(rules=True, basis=True),
-    "deconvnet": Law(rules=True),
-    "grad_cam": Law(basis=True),
-    "integrated_gradients": Law(options={"steps": 3}, points=3, reads=1),
-    "smooth_grad": Law(options={"samples": 3, "noise": 0.1}, points=3),
-    "occlusion": Law(options={"window": 9}, points=2),
-    "rise": Law(options={"samples": 4, "grid": 2}, points=4),
-    "sobol_attribution": Law(options={"samples": 3, "grid": 1}, suited=a_far_baseline, points=9),
-    "hsic_attribution": Law(options={"samples": 5, "grid": 2}, suited=a_far_baseline, points=5),
-    "extremal_perturbation": Law(
-        options={"iterations": 2, "step": 2, "sigma": 2.0, "levels": 3, "max_blur": 1.0, "areas": 0.3},
-        points=2,
-        adaptive=1,
-    ),
-    "meaningful_perturbation": Law(
-        options={"iterations": 3, "grid": 3, "jitter": 3, "baseline": 0.0, "start": 0.5}, points=3, adaptive=2
-    ),
-    "feature_ablation": Law(suited=three_features, points=4),
-    "feature_permutation": Law(options={"samples": 2}, suited=other_examples, points=7),
-    "shapley_values": Law(suited=three_features, points=8),
-    "shapley_sampling": Law(options={"samples": 2}, suited=three_features, points=6),
-    "kernel_shap": Law(options={"samples": 4}, suited=three_features, points=6),
-    "lime": Law(options={"samples": 5}, suited=three_features, points=5),
+# What these methods are given beside that, for the reason that stands with each.
+SUITED: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "sobol_attribution": a_far_baseline,
+    "hsic_attribution": a_far_baseline,
+    "xgrad_cam": channels_last,
+    "finer_cam": lambda case: {"layer": case.layers[0]},  # for the method that it compares classes by
+    # from zero, the path does not move what a normalisation returns
+    "conductance": lambda case: {"baseline": another_start(case, -0.3)},
+    "neuron_conductance": lambda case: {"baseline": another_start(case, -0.3)},
+    "deep_lift": lambda case: {"baseline": another_start(case)},
+    # without the kinks of epsilon at 0, and the pole of softplus, which is not 0 where its input is
+    "lrp": lambda case: {"rules": {**rules.epsilon_plus(1e-12), F.softplus: rules.derivative()}},
 }
 
 
@@ -111,63 +101,30 @@ def channels(case: Case) -> int:
     return slow.layer_shapes(case.twin(), case.call, case.x)[case.layers[0]][0][1]
 
 
-def at_its_layer(case: Case) -> dict[str, Any]:
-    return {"layer": case.layers[0]}
+def declared(name: str) -> Declaration:
+    declaration = declaration_of(METHODS[name])
+    assert declaration is not None, f"`{name}` is public but not declared"
+    return declaration
 
 
-def at_its_layers(case: Case) -> dict[str, Any]:
-    return {"layers": case.layers[:1]}
+def needs(need: Need) -> list[str]:
+    """The methods that declare a need."""
+    return [name for name in METHODS if need in declared(name).needs]
 
 
-def some_words(case: Case) -> dict[str, Any]:
-    width = 6 if case.integer or not isinstance(case.x, Tensor) else case.x.shape[-1]
-    return {"words": torch.randn(11, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)}
+def in_backticks(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
-SEGMENTS = torch.arange(36).reshape(6, 6) // 7 == torch.arange(6).reshape(6, 1, 1)
+def is_method(value: Any) -> bool:
+    """A public function that begins with `(params, model, x, target)`."""
+    if not inspect.isfunction(value):
+        return False
+    return list(inspect.signature(value).parameters)[:4] == ["params", "model", "x", "target"]
 
 
-def another_start(case: Case, factor: float = 0.3) -> Any:
-    """A baseline of one example, and no mask over everything."""
-    start = pytree.tree_map(lambda part: (factor if part.is_floating_point() else 0) * part[:1].flip(-1), case.x)
-    return {k: v for k, v in start.items() if k != "attention_mask"} if isinstance(start, dict) else start
-
-
-LAWS |= {
-    "expected_gradients": Law(
-        {"samples": 2, "noise": 0.1}, points=2, reads=2, suited=lambda case: {"baselines": case.x}
-    ),
-    "blur_integrated_gradients": Law({"steps": 2, "sigma": 0.3}, points=2),
-    "idgi": Law({"steps": 3}, points=4),
-    "guided_integrated_gradients": Law({"steps": 3}, points=3, adaptive=2),
-    "discretised_integrated_gradients": Law({"steps": 3, "neighbours": 4}, points=4, reads=1, suited=some_words),
-    "integrated_hessians": Law({"steps": 2}, points=5),
-    "internal_influence": Law({"steps": 2}, points=2),
-    # from zero, the path does not move what a normalisation puts out
-    "conductance": Law({"steps": 2}, points=4, suited=lambda case: {"baseline": another_start(case, -0.3)}),
-    "neuron_conductance": Law(
-        {"steps": 2, "neuron": torch.ones((), dtype=torch.float64)},
-        points=4,
-        suited=lambda case: {"baseline": another_start(case, -0.3)},
-    ),
-    "cam": Law({"head": "head"}),
-    "smooth_grad_cam_plus_plus": Law({"samples": 2, "noise": 0.1}, points=3),
-    "score_cam": Law(points=lambda case: 1 + channels(case)),
-    "ss_cam": Law({"samples": 2, "noise": 0.5}, points=lambda case: 1 + 2 * channels(case)),
-    "is_cam": Law({"samples": 2}, points=lambda case: 1 + 2 * channels(case)),
-    "ablation_cam": Law(points=lambda case: 1 + channels(case)),
-    "finer_cam": Law(points=2, suited=at_its_layer),
-    "xgrad_cam": Law(suited=channels_last),
-    "fused_cam": Law(suited=at_its_layers),
-    "refine_cam": Law(suited=at_its_layers),
-    "guided_grad_cam": Law(points=2, rules=True),
-    "full_grad": Law(points=2),
-    # without the kinks of epsilon at 0, and the pole of softplus, which is not 0 where its input is
-    "lrp": Law({"rules": {**rules.epsilon_plus(1e-12), F.softplus: rules.derivative()}}, basis=True),
-    "deep_lift": Law(points=2, basis=True, suited=lambda case: {"baseline": another_start(case)}),
-    "deep_lift_shap": Law(points=4, suited=lambda case: {"baselines": case.x}),
-    "attention_relevance": Law(points=2),
-    "xrai": Law({"steps": 2, "segments": SEGMENTS}, points=4),
+METHODS: dict[str, Method] = {
+    name: getattr(pullback, name) for name in pullback.__all__ if is_method(getattr(pullback, name))
 }
 
 TRANSFORMS = {
@@ -202,7 +159,8 @@ class Exempt:
 
 
 def takes_no_layer(name: str) -> bool:
-    return name not in FUSED and "layer" not in inspect.signature(METHODS[name]).parameters
+    parameters = inspect.signature(METHODS[name]).parameters
+    return not {"layer", "layers"} & {*parameters} and "positions at the layer" not in declared(name).needs
 
 
 def has_no_positions(case: Case) -> bool:
@@ -211,15 +169,7 @@ def has_no_positions(case: Case) -> bool:
     return len(shape) < 3
 
 
-MASKED = "occlusion rise sobol_attribution hsic_attribution extremal_perturbation meaningful_perturbation".split()
 WITHOUT_POSITIONS = {case.name for case in (*CASES, *UNSUPPORTED) if has_no_positions(case)}
-
-BY_GRADIENT = "grad_cam linear_approx hires_cam elementwise_grad_cam layer_cam xgrad_cam grad_cam_plus_plus".split()
-BY_FORWARDS = "score_cam ss_cam is_cam".split()
-FUSED = "finer_cam fused_cam refine_cam".split()
-OF_A_LAYER = [*BY_GRADIENT, *BY_FORWARDS, *FUSED, "smooth_grad_cam_plus_plus", "eigen_cam", "eigen_grad_cam",
-              "ablation_cam"]  # fmt: skip
-ON_A_PATH_OF_INPUTS = "conductance internal_influence neuron_conductance".split()
 
 
 def is_one_tensor(case: Case) -> bool:
@@ -240,12 +190,11 @@ def ends_in_cam(case: Case) -> bool:
 
 CLASSIFIES = {case.name for case in (*CASES, *UNSUPPORTED) if case.targets and case.call(case.twin(), case.x).ndim == 2}
 
-GROUPED = "feature_ablation feature_permutation shapley_values shapley_sampling kernel_shap lime".split()
-
 # what torch says where it recomputes without what ran around the model, or refuses to; the last is torch 2.0's
 RECOMPUTES = "saved tensor hooks|torch.utils.checkpoint|without checkpoint recomputation"
 
-RELEVANCE = ("lrp", "excitation_backprop", "contrastive_excitation_backprop", "deep_lift", "deep_lift_shap")
+RELEVANCE = [name for name in METHODS if declared(name).family == "relevance"]
+GROUPED = [name for name in METHODS if "feature_mask" in inspect.signature(METHODS[name]).parameters]
 
 EXCEPTIONS: list[Exempt] = [
     Exempt(
@@ -253,9 +202,9 @@ EXCEPTIONS: list[Exempt] = [
         "a mask, a blur or a map at the input needs one tensor",
         TypeError,
         "`x` must be one tensor",
-        methods=lambda name: name in (*BY_FORWARDS, "xrai", "full_grad", "guided_grad_cam", "integrated_hessians"),
+        methods=lambda name: name in needs("one tensor"),
         cases=lambda case: not is_one_tensor(case),
-        who="`score_cam`, `ss_cam`, `is_cam`, `xrai`, `full_grad`, `guided_grad_cam`, `integrated_hessians`",
+        who=in_backticks(needs("one tensor")),
         on="several inputs",
     ),
     Exempt(
@@ -263,9 +212,9 @@ EXCEPTIONS: list[Exempt] = [
         "there are no positions to blur, to rank or to map",
         (ValueError, TypeError),
         "`x` must|`segments` must",
-        methods=lambda name: name in ("blur_integrated_gradients", "full_grad"),
+        methods=lambda name: name in needs("positions"),
         cases=lambda case: not case.integer and not has_sides(case),
-        who="`blur_integrated_gradients`, `full_grad`",
+        who=in_backticks(needs("positions")),
         on="inputs without spatial axes",
     ),
     Exempt(
@@ -273,9 +222,9 @@ EXCEPTIONS: list[Exempt] = [
         "segments are of images",
         ValueError,
         "`segments` must",
-        methods=lambda name: name == "xrai",
+        methods=lambda name: name in needs("image"),
         cases=lambda case: is_one_tensor(case) and case.x.shape[2:] != (6, 6),
-        who="`xrai`",
+        who=in_backticks(needs("image")),
         on="inputs that are no images",
     ),
     Exempt(
@@ -283,9 +232,9 @@ EXCEPTIONS: list[Exempt] = [
         "there is no path from one integer to another; `integrated_gradients` with `layer` has one at the embedding",
         TypeError,
         "`x` holds no floating-point tensor",
-        methods=lambda name: name in ON_A_PATH_OF_INPUTS,
+        methods=lambda name: name in needs("floating input") and declared(name).family == "paths",
         cases=lambda case: case.integer,
-        who="`conductance`, `internal_influence`, `neuron_conductance`",
+        who=in_backticks(name for name in needs("floating input") if declared(name).family == "paths"),
         on="inputs that are integers alone",
     ),
     Exempt(
@@ -293,9 +242,9 @@ EXCEPTIONS: list[Exempt] = [
         "there is nothing to add noise to",
         TypeError,
         "`x` holds no floating-point tensor",
-        methods=lambda name: name == "smooth_grad_cam_plus_plus",
+        methods=lambda name: name in needs("floating input") and declared(name).family == "cam",
         cases=lambda case: case.integer,
-        who="`smooth_grad_cam_plus_plus`",
+        who=in_backticks(name for name in needs("floating input") if declared(name).family == "cam"),
         on="inputs that are integers alone",
     ),
     Exempt(
@@ -303,9 +252,9 @@ EXCEPTIONS: list[Exempt] = [
         "words are vectors of one embedding",
         ValueError,
         "`words` must be",
-        methods=lambda name: name == "discretised_integrated_gradients",
+        methods=lambda name: name in needs("one embedding"),
         cases=lambda case: case.name in ("two inputs", "keyword inputs"),
-        who="`discretised_integrated_gradients`",
+        who=in_backticks(needs("one embedding")),
         on="several floating-point inputs",
     ),
     Exempt(
@@ -313,9 +262,9 @@ EXCEPTIONS: list[Exempt] = [
         "the class's weights are those of a linear layer that reads the layer's channels",
         ValueError,
         "`head` |`layer` must have spatial axes",
-        methods=lambda name: name == "cam",
+        methods=lambda name: name in needs("pooled head"),
         cases=lambda case: not ends_in_cam(case) or case.name in WITHOUT_POSITIONS or case.name not in CLASSIFIES,
-        who="`cam`",
+        who=in_backticks(needs("pooled head")),
         on="networks that do not end in pooling and one linear layer",
     ),
     Exempt(
@@ -323,9 +272,9 @@ EXCEPTIONS: list[Exempt] = [
         "it compares classes",
         ValueError,
         "`others` must",
-        methods=lambda name: name == "finer_cam",
+        methods=lambda name: name in needs("classes"),
         cases=lambda case: case.name not in CLASSIFIES,
-        who="`finer_cam`",
+        who=in_backticks(needs("classes")),
         on="outputs that are not `[batch class]`",
     ),
     Exempt(
@@ -333,9 +282,9 @@ EXCEPTIONS: list[Exempt] = [
         "there are no attention weights to read",
         ValueError,
         "`model` has no self-attention",
-        methods=lambda name: name == "attention_relevance",
+        methods=lambda name: name in needs("self-attention"),
         cases=lambda case: not any(word in case.name for word in ("attention", "encoder", "dot product")),
-        who="`attention_relevance`",
+        who=in_backticks(needs("self-attention")),
         on="models without self-attention",
     ),
     Exempt(
@@ -353,7 +302,7 @@ EXCEPTIONS: list[Exempt] = [
         "a map needs positions: the layer's activation is `[batch channel]`",
         (ValueError, RuntimeError),
         f"`layer` must have spatial axes|{RECOMPUTES}",
-        methods=lambda name: name in (*OF_A_LAYER, "guided_grad_cam"),
+        methods=lambda name: name in needs("positions at the layer"),
         cases=lambda case: case.name in WITHOUT_POSITIONS,
         who="`grad_cam` and its kin",
         on="layers without spatial axes or tokens",
@@ -363,7 +312,7 @@ EXCEPTIONS: list[Exempt] = [
         "a map is of one input: name a `layer`, or use `gradient`",
         TypeError,
         "`x` holds several",
-        methods=lambda name: name in ("saliency", *MASKED),
+        methods=lambda name: name in needs("one map"),
         cases=lambda case: case.name in ("two inputs", "keyword inputs"),
         who="`saliency` and methods that lay masks over the input",
         on="several floating-point inputs",
@@ -373,7 +322,7 @@ EXCEPTIONS: list[Exempt] = [
         "there is nothing to move or to differentiate; methods with `layer` explain an embedding's output",
         TypeError,
         "`x` holds no floating-point tensor",
-        methods=lambda name: takes_no_layer(name) and name != "attention_relevance",
+        methods=lambda name: takes_no_layer(name) and name not in needs("self-attention"),
         cases=lambda case: case.integer,
         who="methods without `layer`",
         on="inputs that are integers alone",
@@ -409,7 +358,7 @@ EXCEPTIONS: list[Exempt] = [
         "`vmap` cannot write a batched tensor into one that is not",
         RuntimeError,
         "doesn't match the broadcast shape",
-        methods=lambda name: name not in ("blur_integrated_gradients", "full_grad"),  # its input has no positions
+        methods=lambda name: name not in needs("positions"),  # its input has none
         cases=lambda case: case.name == "adds a parameter in place",
         on="in-place operations that bring parameters to what has met none (`y = x.clone(); y += w`)",
     ),
@@ -418,17 +367,6 @@ EXCEPTIONS: list[Exempt] = [
 
 # ---- what the tests ask -------------------------------------------------------------------------------------------
 
-
-def is_method(value: Any) -> bool:
-    """A public function that begins with `(params, model, x, target)`."""
-    if not inspect.isfunction(value):
-        return False
-    return list(inspect.signature(value).parameters)[:4] == ["params", "model", "x", "target"]
-
-
-METHODS: dict[str, Method] = {
-    name: getattr(pullback, name) for name in pullback.__all__ if is_method(getattr(pullback, name))
-}
 
 CORE = [
     "relu6 used twice",
@@ -443,13 +381,6 @@ CORE = [
 
 
 SHORT = ["residual", "attention", "tokens"]  # for what is a formula over mechanisms that have the whole of CORE
-DERIVED = {*OF_A_LAYER, *ON_A_PATH_OF_INPUTS, "cam", "guided_grad_cam", "blur_integrated_gradients", "xrai"} | {
-    *("discretised_integrated_gradients", "integrated_hessians", "expected_gradients", "idgi")
-} - {"grad_cam"}
-
-
-def law(name: str) -> Law:
-    return LAWS.get(name, Law())
 
 
 def exempt(name: str, case: Case, transform: str) -> Exempt | None:
@@ -463,19 +394,37 @@ def exempt(name: str, case: Case, transform: str) -> Exempt | None:
 
 def options(name: str, case: Case) -> dict[str, Any]:
     """The keyword arguments of a small call of this method on this model."""
-    layer = inspect.signature(METHODS[name]).parameters.get("layer")
-    chosen = {**law(name).options, **case.options}
-    if layer is not None or not case.integer or name in (*FUSED, "expected_gradients", "feature_permutation"):
-        chosen |= law(name).suited(case)
+    parameters = inspect.signature(METHODS[name]).parameters
+    layer = parameters.get("layer")
+    chosen = {**declared(name).small, **case.options}
+    if layer is not None or not takes_no_layer(name) or not case.integer or {"baselines", "background"} & {*parameters}:
+        for parameter in parameters:
+            chosen |= BY_PARAMETER.get(parameter, lambda case: {})(case)
+        chosen |= SUITED.get(name, lambda case: {})(case)
     if layer is not None and (case.integer or layer.default is inspect.Parameter.empty):
         chosen["layer"] = case.layers[0]
     return chosen
 
 
+class Options(dict[str, Any]):
+    """The options of a small call, and what of the model a count of forwards depends on."""
+
+    def __init__(self, name: str, case: Case) -> None:
+        super().__init__(options(name, case), features=3, cells=1, windows=1)
+        self.case = case
+
+    def __missing__(self, key: str) -> Any:
+        return {"channels": lambda: channels(self.case), "baselines": lambda: 2}[key]()
+
+
 def points(name: str, case: Case) -> int:
     """How many times one call runs the model."""
-    count = law(name).points
-    return count if isinstance(count, int) else count(case)
+    return declared(name).forwards(Options(name, case))
+
+
+def adaptive(name: str, case: Case) -> int:
+    """How many of these depend on the target."""
+    return declared(name).adaptive(Options(name, case))
 
 
 def flat(result: Any) -> tuple[Tensor, ...]:
@@ -491,7 +440,7 @@ def method_on(name: str, case: Case, **more: Any) -> Callable[..., tuple[Tensor,
     @functools.wraps(METHODS[name])
     def call(params: Any, model: Any, x: Any, target: Any, **other: Any) -> tuple[Tensor, ...]:
         with warnings.catch_warnings():
-            if law(name).rules and case.uncovered:
+            if declared(name).rectifiers and case.uncovered:
                 warnings.simplefilter("ignore", UserWarning)
             return flat(METHODS[name](params, model, x, target, **{**chosen, **other}))
 
@@ -511,7 +460,8 @@ def pairs(transform: str = "call") -> list[Any]:
     import pytest
 
     def marks(name: str, case: Case) -> list[Any]:
-        quick = law(name).basis or case.name in (SHORT if name in DERIVED else CORE)
+        mechanism = declared(name).mechanism
+        quick = mechanism == "own" or case.name in (SHORT if mechanism == "formula" else CORE)
         return [] if quick else [pytest.mark.slow]
 
     return [

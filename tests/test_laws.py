@@ -86,7 +86,8 @@ def scaled(params: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
 
 
 def test_every_entry_names_a_method():
-    assert set(laws.LAWS) <= set(METHODS)
+    assert {"words", "segments"} <= {*laws.BY_PARAMETER}
+    assert set(laws.SUITED) <= set(METHODS)
     assert {"gradient", "saliency", "integrated_gradients", "smooth_grad", "grad_cam"} <= set(METHODS)
 
 
@@ -401,12 +402,12 @@ def inside(name: str, case: Case) -> dict[str, Any]:
 def test_all_targets_take_one_forward(name, case):
     model, x, many = Counted(case), case.x, targets(case)
     call, params = method_on(name, case, **inside(name, case)), params_of(model)
-    points = laws.points(name, case) + ("layer" in laws.options(name, case)) * laws.law(name).reads
+    points = laws.points(name, case) + ("layer" in laws.options(name, case)) * laws.declared(name).reads
     expected = (0.0 if case.integer else float(points), float(points))
     with lawful(name, case, "targets"):
         call(params, model, x, many[0])
         assert model.forwards() == expected
-        more = laws.law(name).adaptive * (len(many) - 1)
+        more = laws.adaptive(name, case) * (len(many) - 1)
         expected = (0.0 if case.integer else float(points + more), float(points + more))
         vmap(call, (None, None, None, 0))(params, model, x, many)
         assert model.forwards() == expected
