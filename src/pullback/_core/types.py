@@ -10,28 +10,6 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-Params: TypeAlias = "Mapping[str, Tensor] | tuple[Mapping[str, Tensor], ...]"
-Model: TypeAlias = "nn.Module | Callable[[Any, Any], Any]"
-Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
-Target: TypeAlias = "int | Sequence[int] | np.ndarray | Tensor | Callable[[Tensor], Tensor] | None"
-Output: TypeAlias = "str | int | Layer | Callable[[Any], Tensor] | None"
-X = TypeVar("X", bound="Tensor | tuple[Tensor, ...] | dict[str, Tensor]")  # a result has the structure of `x`
-
-ChunkSize: TypeAlias = "int | Literal['auto'] | None"  # how many run together; None for all
-Progress: TypeAlias = "Callable[[int, int], object] | None"
-
-Tensors: TypeAlias = "tuple[Tensor, ...]"
-Reduce: TypeAlias = "Callable[[Tensors], Tensors]"
-Back: TypeAlias = (
-    "Callable[[Sequence[Tensor | None]], Tensors]"  # from cotangents of all outputs to those of all inputs
-)
-
-
-class Pull(Protocol):
-    """Pull a cotangent back. `reduce` turns the gradients of each chunk of targets into what is kept of them."""
-
-    def __call__(self, cotangent: Tensor, reduce: Reduce | None = None) -> Tensors: ...
-
 
 class PullbackWarning(UserWarning):
     """Something in the model is explained otherwise than the caller may expect.
@@ -100,3 +78,24 @@ class Layer:
         part = "" if self.part is None else f":{self.part}"
         call = "" if self.call is None else f"#{self.call}"
         return f"{self.name}{part}{call}"
+
+
+# What methods take. They are real types, for annotations of one's own.
+Params: TypeAlias = Mapping[str, Tensor] | tuple[Mapping[str, Tensor], ...]
+Model: TypeAlias = nn.Module | Callable[[Any, Any], Any]
+Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+Target: TypeAlias = int | Sequence[int] | np.ndarray | Tensor | Callable[[Tensor], Tensor] | None
+Output: TypeAlias = str | int | Layer | Callable[[Any], Tensor] | None
+ChunkSize: TypeAlias = int | Literal["auto"] | None  # how many run together; None for all
+Progress: TypeAlias = Callable[[int, int], object] | None
+X = TypeVar("X", bound=Inputs)  # a result has the structure of `x`
+
+Tensors: TypeAlias = tuple[Tensor, ...]
+Reduce: TypeAlias = Callable[[Tensors], Tensors]
+Back: TypeAlias = Callable[[Sequence[Tensor | None]], Tensors]  # from cotangents of all outputs to those of all inputs
+
+
+class Pull(Protocol):
+    """Pull a cotangent back. `reduce` turns the gradients of each chunk of targets into what is kept of them."""
+
+    def __call__(self, cotangent: Tensor, reduce: Reduce | None = None) -> Tensors: ...
