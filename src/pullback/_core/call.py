@@ -229,7 +229,9 @@ class Call:
         raise RuntimeError(f"`layer` names `{layer}`, whose activation changes its shape from run to run.")
 
     def _pullback_to_zeros(self, layer: Layer, shapes: tuple[LayerShape, ...]) -> Pulled:
-        calls = calls_of(layer, shapes)
+        if not shapes or (layer.call is not None and layer.call >= len(shapes)):
+            raise ValueError(f"`layer` names `{layer}`, but a forward calls `{layer.name}` {len(shapes)} times.")
+        calls = [*range(len(shapes))] if layer.call is None else [layer.call]
         device = self.x.device
         # a zero takes no memory until something is added to it
         zeros = [torch.zeros((), dtype=shapes[i].dtype, device=device).expand(shapes[i].shape) for i in calls]
@@ -365,13 +367,6 @@ class Call:
 
 class _ShapeChanged(Exception):
     """A layer returned another shape than the probe had seen."""
-
-
-def calls_of(layer: Layer, shapes: Sequence[LayerShape]) -> list[int]:
-    """Return which calls of a layer are meant, of those that a forward makes."""
-    if not shapes or (layer.call is not None and layer.call >= len(shapes)):
-        raise ValueError(f"`layer` names `{layer}`, but a forward calls `{layer.name}` {len(shapes)} times.")
-    return [*range(len(shapes))] if layer.call is None else [layer.call]
 
 
 def _reading(layer: Layer, read: list[Tensor], layers: Sequence[Layer], edit: Edit | None) -> tuple[Any, Edit]:

@@ -45,11 +45,10 @@ def _is_channels_last(activation: Tensor, x: Tensor) -> bool:
     """Say whether only the first two axes of an example have the image's aspect, up to a pixel."""
     if activation.ndim != 4:
         return False
-
-    def fits(height: int, width: int) -> bool:
-        return abs(height * x.shape[3] - width * x.shape[2]) <= max(x.shape[2:])
-
-    return fits(*activation.shape[1:3]) and not fits(*activation.shape[2:])
+    _, a, b, c = activation.shape
+    height, width = x.shape[2:]
+    first, last = (abs(rows * width - columns * height) <= max(height, width) for rows, columns in ((a, b), (b, c)))
+    return first and not last
 
 
 def over_positions(values: Tensor) -> Tensor:
