@@ -12,11 +12,11 @@ import torch
 from pullback._core.types import ChunkSize, Progress
 from pullback._torch.internals import compiling
 
-# bytes of the largest activation of the rows that go together, on a CPU and elsewhere: in forwards alone, and where a
-# graph keeps all activations
+# Budgets for the largest activation of the rows that run together, on a CPU and elsewhere: in forwards alone, and where
+# a graph keeps all activations.
 FORWARD_BYTES, GRADIENT_BYTES = (20 * 2**20, 512 * 2**20), (40 * 2**20, 128 * 2**20)
-ACTIVATION_PER_INPUT = 8  # the largest activation of a network over its input, where it is not measured
-MAX_ROWS = 1024  # rows that go together, however small
+ACTIVATION_PER_INPUT = 8  # an estimate of largest activation over input, where it is not measured
+MAX_ROWS = 1024  # that run together, however small they are
 
 
 def budget_on(device: torch.device, budgets: tuple[int, int]) -> int:
@@ -25,7 +25,7 @@ def budget_on(device: torch.device, budgets: tuple[int, int]) -> int:
 
 
 def rows_together(bytes_per_row: int, device: torch.device, budgets: tuple[int, int] = FORWARD_BYTES) -> int:
-    """Give how many rows run fastest together, by the largest activation of a row."""
+    """Return how many rows run fastest together, by the size of a row's largest activation."""
     return max(1, min(MAX_ROWS, budgets[device.type != "cpu"] // max(1, bytes_per_row)))
 
 
@@ -40,11 +40,11 @@ def chunks(count: int, size: ChunkSize) -> Iterator[range]:
 
 
 def report(progress: Progress, done: int, total: int) -> None:
-    """Tell the caller's function how far it is, after each chunk or iteration."""
+    """Report progress to the caller's function."""
     if progress is not None and not compiling():
         progress(done, total)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Give the type that masks and sums are computed in: at least float32."""
+    """Return the dtype that masks and sums are computed in: at least float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -32,7 +32,7 @@ from pullback._ops.accounting import Account
 from pullback._ops.dispatch import SAVED_TENSORS, OperationMode, RuleMode, Table
 from pullback._torch.internals import bare, compiling, current_level, is_functorch_wrapped_tensor, outside_transforms
 
-# Models that write to what their graph keeps: rules then rely on masks of their own in place of it.
+# Models that write to tensors which their graph saves: rules then save masks of their own.
 _writers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -257,7 +257,7 @@ class Call:
                 if given is not None:
                     activation = given[index].to(activation.device, activation.dtype)
                 activations[call] = activation
-                # an overload of aten: the rules do not see it
+                # rules do not see an overload of aten
                 delta = deltas[index].to(activation.device, activation.dtype)
                 return torch.ops.aten.add.Tensor(activation, delta)
 
@@ -354,7 +354,7 @@ class Call:
     # -- results
 
     def like(self, tensors: Sequence[Tensor]) -> Any:
-        """Give one tensor for each that is explained the structure of `x`; at a layer, sum over its calls."""
+        """Return tensors, one for each that is explained, in the structure of `x`; at a layer, their sum over calls."""
         if self.layer is None:
             return self.x.rebuild(tensors, lambda v: None)
         if any(t.shape != tensors[0].shape for t in tensors):
@@ -375,7 +375,7 @@ def _reading(layer: Layer, read: list[Tensor], layers: Sequence[Layer], edit: Ed
     def edited(at: Layer, call: int, tensor: Tensor) -> Tensor:
         tensor = edit(at, call, tensor) if edit is not None and at in layers else tensor
         if at == layer and layer.call in (None, call):
-            read.append(tensor.clone())  # what comes after may write to it
+            read.append(tensor.clone())  # later operations may write to it
         return tensor
 
     return (layers if layer in layers else (*layers, layer)), edited
@@ -428,7 +428,7 @@ def linearised(
     except RuntimeError as error:
         if current_level() is None or "vmap" not in str(error):
             raise
-        return _by_vjp(function, primals)  # a rule holds the target
+        return _by_vjp(function, primals)  # a rule holds the target: the forward depends on it
 
     def pull(cotangents: Sequence[Tensor | None]) -> Tensors:
         reached = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]

@@ -20,18 +20,18 @@ from pullback._core.types import Params
 from pullback._ops.accounting import Account
 from pullback._torch.internals import compiling, readable
 
-MIN_FORWARDS = 48  # forwards that are worth a trial
+MIN_FORWARDS = 48  # from which a trial of the layout pays
 
 
 def constant(*tensors: Tensor) -> bool:
-    """Say whether no transform, derivative or trace from outside looks at the tensors."""
+    """Whether no transform, derivative or trace outside of this call depends on the tensors."""
     if compiling() or forward_ad._current_level >= 0:
         return False
     return all(readable(t) and not (t.requires_grad and torch.is_grad_enabled()) for t in tensors)
 
 
 def channels_last(params: Params, model: nn.Module) -> Params | None:
-    """Give `params` with the weights of 2-d convolutions laid out channels last, or `None` where there are none."""
+    """Return `params` with the weights of 2-d convolutions laid out channels last; `None` where there are none."""
     given: dict[str, Tensor] = {}
     for part in params if isinstance(params, tuple) else (params,):
         given.update(part)
@@ -49,7 +49,7 @@ def channels_last(params: Params, model: nn.Module) -> Params | None:
 
 
 def tried(params: Params, model: nn.Module, forward: Callable[[Params, Account | None], Tensor]) -> tuple[Params, int]:
-    """Give the parameters in the layout to go on with, and the bytes of the largest activation of a forward.
+    """Return the parameters in the better layout, and the bytes of the largest activation of a forward.
 
     Costs that forward and another one, or nothing, and 0 bytes, where there is no layout to try.
     """
@@ -61,7 +61,7 @@ def tried(params: Params, model: nn.Module, forward: Callable[[Params, Account |
         own = forward(params, account)
         try:
             other = forward(laid, None)
-        except Exception:  # whatever a model does not take it keeps its own layout for
+        except Exception:  # a model that cannot take this layout keeps its own
             return params, account.largest
     close = 1e-4 if own.dtype in (torch.float32, torch.float64) else 3e-2
     alike = own.shape == other.shape and bool((own - other).abs().max() <= close * own.abs().max().clamp(min=1e-6))

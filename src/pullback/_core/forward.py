@@ -53,7 +53,7 @@ def run_model(
     undo: list[Callable[[], None]] = []
     if isinstance(mode, RuleMode):
         undo += _prepare_for_rules(model_copy, mode, params)
-    elif not compiling() and not _len_torch_function_stack():  # nobody else looks on
+    elif not compiling() and not _len_torch_function_stack():  # no mode of the caller's own
         _run_directly(model_copy.direct, mode)
     if not compiling() and model_copy.ignored_hooks:
         where = ", ".join(f"`{name}`" for name in dict.fromkeys(model_copy.ignored_hooks))
@@ -67,7 +67,7 @@ def run_model(
             result = functional_call(model_copy.root, params, args, kwargs)  # pyright: ignore[reportArgumentType]
         else:
             result = model_copy.root(*args, **kwargs)
-    for step in reversed(undo):  # a copy that compiled code runs on is kept
+    for step in reversed(undo):  # a copy that compiled code runs on is kept, and must be left as it was
         step()
     for layer, calls in taps.calls.items() if taps is not None else ():
         if calls <= (layer.call or 0):
@@ -140,7 +140,7 @@ def _prepare_for_rules(model_copy: ModuleCopy, mode: RuleMode, params: Params) -
 
 
 def _note_parameters(mode: RuleMode, held: Any) -> None:
-    """Tell the rules which tensors a model holds, for those that keep account of what depends on the input."""
+    """Note the tensors that a model holds, for rules that distinguish what depends on the input."""
     if mode.table.on_operation is not None:
         mode.table.on_operation(mode.memo, None, (), {}, [t for t in held if isinstance(t, Tensor)])
 

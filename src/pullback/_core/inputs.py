@@ -1,4 +1,4 @@
-"""The input of a model: a tensor, a tuple or a dict of tensors; and copies of it in the batch axis."""
+"""Copies of a batch, folded into the batch axis, and selections of examples."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def folded(copies: Tensor) -> Tensor:
 
 
 def unfolded(values: Tensor, copies: int) -> Tensor:
-    """Lay ``[(copy batch) ...]`` out as ``[copy batch ...]``."""
+    """Unfold ``[(copy batch) ...]`` into ``[copy batch ...]``."""
     return values.unflatten(0, (copies, values.shape[0] // copies))
 
 
 def repeated(value: Any, copies: int, batch: int) -> Any:
-    """Repeat what has one entry per example (a target, an integer input) for each copy; leave the rest."""
+    """Repeat a value that has one entry for each example (a target, an integer input) for each copy; keep others."""
     if isinstance(value, list | tuple) and len(value) == batch:
         return list(value) * copies
     if not isinstance(value, Tensor):
@@ -46,7 +46,7 @@ def repeated(value: Any, copies: int, batch: int) -> Any:
 
 
 def picked(value: Any, indices: Tensor, batch: int) -> Any:
-    """Take examples of what has one entry per example (a target, a tensor of `x`); leave the rest."""
+    """Select examples of a value that has one entry for each (a target, a tensor of `x`); keep others."""
     whole = repeated(value, 1, batch)
     if isinstance(whole, list) and len(whole) == batch:
         return [whole[i] for i in indices.tolist()]

@@ -48,7 +48,7 @@ class MaskedModel:
         link: Link = None,
     ) -> None:
         self.call = call = Call.bind(params, model, x, layer, None, output)
-        # a tensor before any transform of the method's own: its range can then be checked
+        # a tensor is made before any transform of the method's own, so that its range can be checked
         self.target: Target = torch.as_tensor(target) if type(target) in (int, list) else target
         self._targets: dict[int, Target] = {}
         self.link = link
@@ -193,7 +193,7 @@ class MaskAxes:
 
 
 def mask_axes_of(masked: MaskedModel, tokens: bool = False) -> MaskAxes:
-    """Give the canvas of the one tensor that is covered."""
+    """Return the mask axes of the one tensor that is perturbed."""
     if len(masked.shapes) > 1:
         raise TypeError("`x` holds several floating-point tensors: a map is of one. Name a `layer`.")
     return MaskAxes(masked.shapes[0], tokens)
@@ -202,7 +202,7 @@ def mask_axes_of(masked: MaskedModel, tokens: bool = False) -> MaskAxes:
 def axis_sizes(
     name: str, given: int | Sequence[int] | None, sizes: Sequence[int], default: Callable[[int], int]
 ) -> tuple:
-    """Give one number an axis."""
+    """Return one number for each axis."""
     if given is None:
         return tuple(default(n) for n in sizes)
     chosen = (given,) * len(sizes) if isinstance(given, int) else tuple(given)

@@ -1,10 +1,14 @@
-"""A shell: a structural copy of a module, made for one call.
+"""A structural copy of a module, made for one call.
 
-`torch.func.functional_call` swaps the module's own tensors while it runs, so two threads with two sets of parameters
-compute nonsense on one module, silently. A shell has the same classes and attributes as the module, but its own dicts
-of submodules, parameters, buffers and hooks, and shares every tensor but small buffers: parameters are installed in it,
-taps wrap its layers, it is in eval mode, and the module that the caller holds is never touched. It costs some
+`torch.func.functional_call` swaps the module's own tensors while it runs, so two threads with two sets of parameters on
+one module silently compute nonsense. A copy has the same classes and attributes as the module, but its own dicts of
+submodules, parameters, buffers and hooks. It shares every tensor but small buffers. Parameters are installed in the
+copy, its layers are tapped, it is in eval mode, and the module that the caller holds is never touched. It costs some
 microseconds a layer.
+
+Methods, partials and closures on a module may hold the module: they are bound to the copy as well. Gain: a patched
+`forward` (`types.MethodType`, a closure of a patching library) runs on the copy and not on the original, which would
+silently ignore `params`. Switch: none; what holds no module is shared as it is.
 """
 
 from __future__ import annotations
@@ -52,11 +56,12 @@ _SKIPPED = frozenset(
         *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
     )
 )
-STATE_NUMEL = 2**16  # numbers in a buffer, up to which it is copied for a run
+STATE_NUMEL = 2**16  # size up to which a buffer is cloned for a run: `forward` may write to it
 _ATOMS = frozenset((bool, int, float, str, type(None), Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size))
 
 
-# layers of torch's own that call no operation that a run without rules replaces, but for batch norm, which is known
+# Layers of torch that call no operation which a run without rules would replace. Batch norm is the exception; `forward`
+# runs its replacement.
 DIRECT = frozenset(
     (
         *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -71,8 +76,12 @@ DIRECT = frozenset(
 class ModuleCopy:
     """A structural copy of `model`, and the means to install parameters in it.
 
-    `root` is the copy; `of(path)` the copy of a submodule; `unheard` names the layers whose backward hooks are left
-    out, unless `backward_hooks` keeps them for a run on ordinary autograd.
+    Attributes:
+        root: The copy.
+        direct: Copies of layers of torch that may run out of sight of a mode.
+        ignored_hooks: Names of the layers whose backward hooks are left out. `backward_hooks` keeps them, for a run on
+            ordinary autograd.
+        has_scripted: Whether a scripted module is among the layers.
     """
 
     def __init__(self, model: nn.Module, backward_hooks: bool = False) -> None:
@@ -80,11 +89,13 @@ class ModuleCopy:
         self._keeps_backward_hooks = backward_hooks
         self._copies: dict[int, nn.Module] = {}
         self._paths: dict[str, nn.Module] = {}
-        self._owned: list[tuple[str | None, dict[str, Any]]] = []  # tensors, and what goes before their names
+        self._owned: list[tuple[str | None, dict[str, Any]]] = []  # tensors, with the prefix of their names
         self._states: list[dict[str, Any]] = []  # buffers that `forward` may write to
         self._flat: list[nn.Module] = []  # layers that keep a list of their weights
         self._closures: dict[int, types.FunctionType] = {}
-        self._holders: list[tuple[nn.Module, nn.Module]] = []  # that may hold modules elsewhere, with their copies
+        self._holders: list[
+            tuple[nn.Module, nn.Module]
+        ] = []  # modules that may hold others elsewhere, with their copies
         self.direct: list[nn.Module] = []
         self.ignored_hooks: list[str] = []
         self.has_scripted = False
@@ -104,7 +115,7 @@ class ModuleCopy:
         copy = self._paths.get(path)
         if copy is not None:
             return copy
-        original = submodule(self.model, path)  # a second name of a shared module, or a name with wrappers in it
+        original = submodule(self.model, path)  # a second name of a shared module, or a name with wrappers
         if original is None or is_scripted(original):
             return original
         return self._copies.get(id(original))
@@ -140,7 +151,7 @@ class ModuleCopy:
         hooked = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
         if hooked or not plain or "forward" in attributes:
             self._holders.append((module, copy))
-        if kind in DIRECT and not hooked and "forward" not in attributes:  # hooks may set what a layer reads
+        if kind in DIRECT and not hooked and "forward" not in attributes:  # a hook may change what a layer reads
             self.direct.append(copy)
         for name in _HOOKS:
             attributes[name] = hooks.copy() if hooked and (hooks := attributes.get(name)) else OrderedDict()
@@ -167,7 +178,7 @@ class ModuleCopy:
         return copy
 
     def _shared(self) -> list[list[tuple[str | None, dict[str, Any], str]]]:
-        """Give the places of each tensor that has several."""
+        """Return where each tensor is that has several names."""
         ids = [id(tensor) for _, owned in self._owned for tensor in owned.values() if tensor is not None]
         if len(set(ids)) == len(ids):
             return []
@@ -194,7 +205,7 @@ class ModuleCopy:
             self._refuse_global(forward)
 
     def _bound(self, value: Any) -> Any:
-        """Give `value` with every module in it, and every method bound to one, exchanged for its copy."""
+        """Return `value` with each module in it, and each method bound to one, exchanged for its copy."""
         kind = type(value)
         if kind in _ATOMS:
             return value
@@ -253,7 +264,7 @@ class ModuleCopy:
     # -- parameters
 
     def install(self, params: Params) -> None:
-        """Make the shell ready to run on the tensors of `params`."""
+        """Make the copy ready to run on the tensors of `params`."""
         self.place(params)
         if self._states:
             self.own_buffers(STATE_NUMEL)
@@ -270,12 +281,12 @@ class ModuleCopy:
                 if new is not None:
                     met += 1
                 elif tensor is not None and (tensor.requires_grad or tensor.is_inference()):
-                    new = tensor.detach()  # what is left out is constant
+                    new = tensor.detach()  # a parameter that is left out is a constant
                 else:
                     continue
                 owned[name] = new.clone() if new.is_inference() else new
         placed: set[tuple[int, str]] = set()
-        if met < len(given):  # a second name of a shared module, a scripted one, a name with wrappers in it
+        if met < len(given):  # a second name of a shared module, a scripted module, a name with wrappers
             named = {prefix + name for prefix, owned in self._owned if prefix is not None for name in owned}
             for name, tensor in given.items():
                 if name not in named and (slot := self._slot(name, tensor)) is not None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
-set_plainly = object.__setattr__  # a module's own looks for parameters and modules first
+set_plainly = object.__setattr__  # that of a module looks for parameters and submodules first
 
 
-# modules of these are no wrappers, and what they hold beside parameters and modules takes no part in their forward
+# Modules of these files are no wrappers, and their forward uses nothing but their parameters, buffers and submodules.
 PLAIN_HOMES = frozenset(
     f"torch.nn.modules.{name}"
     for name in "activation batchnorm container conv dropout flatten linear normalization padding pooling".split()
@@ -24,7 +24,7 @@ def is_scripted(module: nn.Module) -> bool:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Give the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    """Return the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
     while type(module).__module__ not in PLAIN_HOMES:
         if isinstance(module, PARALLEL):
             module = module.module
@@ -45,7 +45,7 @@ def submodule(root: nn.Module, path: str) -> nn.Module | None:
             module = inner._modules[part]
         elif part in module._modules:
             module = module._modules[part]
-        elif part not in ("module", "_orig_mod"):  # a wrapper that is there no more
+        elif part not in ("module", "_orig_mod"):  # a wrapper that is no longer there
             return None
         if module is None:
             return None

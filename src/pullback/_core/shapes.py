@@ -110,7 +110,7 @@ def _without_compute(
             for attempt in (_on_meta, _on_fake):
                 try:
                     return attempt(params, model, x, watch), False
-                except Exception:  # whatever it is, a real run raises it again
+                except Exception:  # a real run raises it again
                     continue
     model_copy.install(params)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def _watch(model_copy: ModuleCopy, x: Any, layer: Layer) -> tuple[LayerShape, ..
     around(find_module(model_copy, layer), layer, before, after)
     _call(model_copy, x)
     return tuple(
-        # where somebody writes to an alias afterwards, input and output of the layer are one tensor to the model
+        # where an alias is written to afterwards, the layer's input and output are one tensor
         LayerShape(t.shape, t.dtype, written or (source is not None and source._version != version))
         for t, source, version, written in calls
     )
@@ -197,7 +197,7 @@ def _watch_all(model_copy: ModuleCopy, x: Any) -> dict[str, tuple[torch.Size, ..
         return args, kwargs
 
     def after(layer: Layer, args: tuple[Any, ...], result: Any) -> Any:
-        with suppress(ValueError):  # nothing to name there
+        with suppress(ValueError):  # the module returns no tensor
             found.setdefault(layer.name, []).append(find_part(result, layer)[0].shape)
         return result
 

@@ -16,11 +16,9 @@ from pullback._torch.internals import (
     readable,
 )
 
-# -- targets
-
 
 def cotangent(output: Tensor, target: Target) -> Tensor:
-    """Give the cotangent of `output` that `target` means: the derivative of the sum of all scores.
+    """Return the cotangent of `output` for a target: the derivative of the sum of all scores.
 
     An index that cannot be read (under `vmap` or `torch.compile`) and is out of range gives NaN.
     """
@@ -30,7 +28,7 @@ def cotangent(output: Tensor, target: Target) -> Tensor:
     if target is None:
         _checked_scores(output.reshape(output.shape[:1]) if output.shape[1:] == (1,) else output, output, given=False)
         return torch.ones_like(output)
-    if type(target) is int and output.ndim > 1:  # what follows does the same, in more operations
+    if type(target) is int and output.ndim > 1:  # the general case below gives the same, by more operations
         if not 0 <= target < output.shape[1]:
             raise ValueError(f"`target` must lie in 0 ... {output.shape[1] - 1}, got {target}.")
         hot = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
@@ -43,7 +41,7 @@ def cotangent(output: Tensor, target: Target) -> Tensor:
 
 
 def score(output: Tensor, target: Target) -> Tensor:
-    """Give the score of each example, ``[batch]``; at spatial outputs the sum over positions."""
+    """Return the score of each example, ``[batch]``: at spatial outputs the sum over positions."""
     if callable(target):
         return _checked_scores(target(output), output)
     if target is None:
@@ -56,7 +54,7 @@ def score(output: Tensor, target: Target) -> Tensor:
     index = target.long().reshape(-1, 1, *[1] * (output.ndim - 2)).expand(output.shape[0], 1, *output.shape[2:])
     known = (index >= 0) & (index < output.shape[1])
     picked = output.gather(1, index.clamp(0, output.shape[1] - 1))
-    # by a product, so that the derivative is NaN as well
+    # a product, so that the derivative is NaN as well
     return (picked * torch.ones_like(picked).masked_fill(~known, float("nan"))).flatten(1).sum(1)
 
 
@@ -75,7 +73,7 @@ def _checked_scores(scores: Tensor, output: Tensor, given: bool = True) -> Tenso
 def _as_tensor(target: Any, output: Tensor) -> Tensor:
     if isinstance(target, bool):
         raise TypeError("`target` must be a class index, got a bool.")
-    given = target  # what is made of it under a transform cannot be read
+    given = target  # a tensor made of it under a transform cannot be read
     if not isinstance(target, Tensor):
         try:
             target = torch.as_tensor(np.asarray(target) if isinstance(target, list | tuple) else target)
@@ -84,7 +82,7 @@ def _as_tensor(target: Any, output: Tensor) -> Tensor:
                 "`target` must be an index, one index per example, a cotangent shaped like the output, a function of "
                 f"the output, or None, got {type(target).__name__}."
             ) from error
-    if target.device != output.device:  # under a transform, `to` gives a tensor whose values cannot be read
+    if target.device != output.device:  # under a transform `to` returns a tensor that cannot be read
         target = target.to(output.device)
     if target.is_floating_point() or target.is_complex():
         if target.shape != output.shape:
@@ -114,7 +112,7 @@ def _as_tensor(target: Any, output: Tensor) -> Tensor:
 
 
 def _one_hot(index: Tensor, output: Tensor) -> Tensor:
-    """Give ``[batch class 1 ...]``, or ``[1 class 1 ...]`` for one index: 1 at the index, NaN where it is no class."""
+    """Return ``[batch class 1 ...]``, or ``[1 class 1 ...]`` for one index: 1 at the index, NaN if it is no class."""
     classes, rest = output.shape[1], [1] * (output.ndim - 2)
     index = index.long().reshape(-1, 1)
     hot = (torch.arange(classes, device=output.device) == index).to(output.dtype)
@@ -125,7 +123,7 @@ def _one_hot(index: Tensor, output: Tensor) -> Tensor:
 
 
 def poisoned(gradient: Tensor, cotangent: Tensor) -> Tensor:
-    """Keep the NaN of an index that is no class: a rectifier that is off would drop it, and leave zeros."""
+    """Make the gradient NaN where the cotangent is: a rectifier that is off would turn the NaN to 0 on its way."""
     bad = (cotangent - cotangent).to(gradient.dtype)
     bad = bad.reshape(bad.shape[0], -1).sum(1) if bad.ndim else bad
     if gradient.ndim and gradient.shape[:1] == bad.shape:

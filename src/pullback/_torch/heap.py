@@ -44,7 +44,7 @@ def _allocated(size: int) -> int | None:
 
 def _freed(block: int | None) -> None:
     if (libc := _glibc()) is not None:
-        libc.free(block)  # nothing, where there is none
+        libc.free(block)  # freeing `None` does nothing
 
 
 @cache
@@ -55,14 +55,15 @@ def _raise_threshold() -> None:
 
 @contextmanager
 def keep_memory(up_to: int = HEAP_BYTES) -> Iterator[None]:
-    """Keep the memory that is freed meanwhile for what comes next, on a CPU with glibc; elsewhere, do nothing.
+    """Keep memory that is freed within the context for what runs next, on a CPU with glibc; elsewhere, do nothing.
 
-    For loops of your own over batches, where fetching memory from the system anew takes as long as some of the
-    arithmetic: `benchmarks/batch.py` measures how long. Methods do so between their own parts, and runs over a dataset
-    between batches. It also holds for what is not pullback's.
+    For loops over batches, where fetching memory from the system again takes as long as some of the arithmetic:
+    `benchmarks/batch.py` measures how long. Runs over a dataset and the command line use it by themselves; methods do
+    not, because it changes the allocator of the whole process.
 
-    Costs about a millisecond, and no memory but what would have gone back: the end of the heap is held by a block that
-    is never written to. Afterwards what is free can go back. In a process that has begun to use CUDA, nothing is done.
+    Costs about a millisecond, and no memory beyond what would have been returned to the system: a block that is never
+    written to holds the end of the heap. When the context ends, free memory can be returned. Nothing is done in a
+    process that has begun to use CUDA.
 
     Args:
         up_to: Bytes to keep, at most.

@@ -12,7 +12,7 @@ from torch._functorch import pyfunctorch
 
 
 def readable(tensor: Tensor) -> bool:
-    """Say whether the values of a tensor can be looked at: not under a transform, nor while a graph is traced."""
+    """Whether the values of a tensor can be read: not under a transform, nor while a graph is traced."""
     if compiling() or tensor.is_meta or is_functorch_wrapped_tensor(tensor):
         return False
     return type(tensor) in (Tensor, nn.Parameter)
@@ -23,17 +23,17 @@ is_functorch_wrapped_tensor: Callable[[Any], bool] = functorch.is_functorch_wrap
 compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 
 # On a CPU, torch 2.0 runs all but float64 by an LSTM of oneDNN's that has no second derivative, no forward mode, and no
-# bfloat16 where the processor has none. Later ones take it apart for a derivative.
+# bfloat16 where the processor has none. Later versions decompose it for a derivative.
 LSTM_IS_ONE_PIECE = torch.__version__.startswith("2.0.")
 
 
 def eye(size: int, like: Tensor) -> Tensor:
-    """Give `torch.eye` in the type and on the device of another tensor: torch 2.0 makes none in bfloat16 on a CPU."""
+    """Return `torch.eye` in the dtype and on the device of a tensor: torch 2.0 has none in bfloat16 on a CPU."""
     return torch.ones(size, dtype=like.dtype, device=like.device).diag()
 
 
 def bare(tensor: Tensor) -> Tensor:
-    """Give the tensor within the wrappers of all transforms: a batched one does not tell that it requires grad."""
+    """Return the tensor within the wrappers of all transforms: a batched one does not show that it requires grad."""
     while is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
@@ -42,7 +42,7 @@ def bare(tensor: Tensor) -> Tensor:
 def pulled_back(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """Call `torch.autograd.grad` and keep the graph, with one of the call itself where a cotangent requires grad."""
+    """Call `torch.autograd.grad` and keep the graph; make a graph of the call where a cotangent requires grad."""
     keep = torch.is_grad_enabled() and any(bare(cotangent).requires_grad for cotangent in cotangents)
     return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, create_graph=keep, allow_unused=True)
 
@@ -52,7 +52,7 @@ def pulled_back(
 
 @contextmanager
 def _cleared() -> Iterator[list[Any]]:
-    """Take all transforms off their stack for a while; give them, innermost first."""
+    """Take all transforms off their stack for a while; yield them, innermost first."""
     taken, transforms = [], []
     while (transform := functorch.peek_interpreter_stack()) is not None:
         transforms.append(transform)

@@ -24,16 +24,16 @@ def _levels() -> list[int]:
 
 
 def level() -> int | None:
-    """Give the level of the innermost derivative that is being taken; None for ordinary autograd."""
+    """Return the level of the innermost derivative that is being taken; `None` for ordinary autograd."""
     return max(_levels(), default=None)
 
 
 def own_elsewhere(ruled: Tensor, input: Tensor, operation: Callable[[], Tensor]) -> Tensor:
-    """Give `ruled`, the result of a rule at `input`, with the operation's own derivative at every other level."""
+    """Return `ruled`, the result of a rule at `input`, with the operation's own derivative at every other level."""
     if compiling():
         return ruled
     levels = _levels()
-    if len(levels) < 2 and not (levels and bare(input).requires_grad):  # no derivative but one
+    if len(levels) < 2 and not (levels and bare(input).requires_grad):  # only one derivative is taken
         return ruled
     return _OwnElsewhere.apply(ruled, operation(), max(levels))  # pyright: ignore[reportReturnType]
 

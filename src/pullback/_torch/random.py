@@ -18,7 +18,7 @@ from pullback._torch.internals import compiling
 
 Seed: TypeAlias = "int | Tensor"
 _LOW = 0xFFFFFFFF
-_CACHED = 2**16  # numbers that are drawn together on a CPU, so that what is between stays in its cache
+_CACHED = 2**16  # numbers drawn at once on a CPU, so that intermediate results stay in its cache
 
 
 def _mixed(h: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def _mixed(h: Tensor) -> Tensor:
 
 
 def _hashed(seed: Seed, samples: Tensor, stream: int) -> Tensor:
-    """Give 32 random bits for each sample, ``[sample]``, in int64."""
+    """Return 32 random bits for each sample, ``[sample]``, in int64."""
     device = samples.device
     if isinstance(seed, Tensor):
         if seed.is_floating_point() or seed.numel() != 1:

@@ -44,7 +44,9 @@ class SharedPull:
 
     def __call__(self, cotangent: Tensor, reduce: Reduce | None = None) -> Tensors:
         level, count = self.many.level, len(self.many.targets)
-        shared = not any(_is_mapped(output, level) for output in self.outputs)  # adaptive methods run one a target
+        shared = not any(
+            _is_mapped(output, level) for output in self.outputs
+        )  # an adaptive method has a forward for each target
         if not (shared and _is_mapped(cotangent, level)) or current_level() != level:
             return _finished(self._back_from(0, cotangent), cotangent, reduce)
         size = targets_per_chunk(self.many, cotangent.device)
@@ -115,12 +117,12 @@ def _combined(
     size: int,
     reduce: Reduce | None,
 ) -> list[Tensor]:
-    """Pull each unit of the head's input back once: the pull of a cotangent is a combination of these."""
+    """Pull each unit of the head's input back once; the pull of a cotangent is a linear combination of these."""
     units = eye(weight.shape[1], hidden).unsqueeze(1).expand(-1, *hidden.shape)
     basis = _in_chunks(_vectorised(back), size, units)
 
     def combine(chunk: Tensor) -> Tensors:
-        with torch.autocast(weight.device.type, enabled=False):  # in the precision of the pulls
+        with torch.autocast(weight.device.type, enabled=False):  # autocast would multiply in half precision
             shares = chunk @ weight.to(chunk.dtype)
             gradients = [
                 torch.einsum("kbj,jbx->kbx", shares.to(g.dtype), g.flatten(2)).unflatten(2, g.shape[2:]) for g in basis
@@ -151,7 +153,7 @@ def _in_chunks(pull: Callable[..., Tensors], size: int, *stacked: Tensor) -> lis
     for start in range(0, count, size):
         part = pull(*(s[start : start + size] for s in stacked))
         if any(is_functorch_wrapped_tensor(g) or g.requires_grad for g in part):
-            parts.append(part)  # somebody differentiates the result: nothing is written in place
+            parts.append(part)  # the result is differentiated: nothing may be written in place
             continue
         gradients = gradients or [g.new_empty(count, *g.shape[1:]) for g in part]
         for whole, g in zip(gradients, part, strict=True):

@@ -44,7 +44,7 @@ def note_forward(many: TargetRun, account: Account, output: Tensor, linear: bool
 
 
 def _find_bottleneck(many: TargetRun, account: Account, output: Tensor) -> Bottleneck | None:
-    """Find where to cut a pull in two: late layers, small and heavy, are cheaper for many targets together."""
+    """Find where to cut a pull: late layers, with small activations and many weights, suit larger chunks."""
     device, count = output.device, len(many.targets)
     size = targets_per_chunk(many, device)
     most = count if many.chunk_size in ("auto", None) else min(count, many.chunk_size)
@@ -60,8 +60,8 @@ def _find_bottleneck(many: TargetRun, account: Account, output: Tensor) -> Bottl
     def wide(tensor: Tensor) -> int:
         return min(most, budget // (4 * max(account.largest_after, tensor.numel() * tensor.element_size())))
 
-    for tensor in sorted(account.candidates, key=wide, reverse=True):  # the earlier one of two that are as wide
-        hooked = tensor._backward_hooks or tensor.retains_grad  # they would run twice
+    for tensor in sorted(account.candidates, key=wide, reverse=True):  # of two that are as wide, the earlier one
+        hooked = tensor._backward_hooks or tensor.retains_grad  # its hooks would run twice
         if wide(tensor) < 2 * size:
             return None
         if not hooked and not any(tensor is end for end in ends) and _all_pass(output, tensor):
@@ -70,7 +70,7 @@ def _find_bottleneck(many: TargetRun, account: Account, output: Tensor) -> Bottl
 
 
 def _all_pass(output: Tensor, tensor: Tensor) -> bool:
-    """Say whether all ways from `output` back lead through `tensor`."""
+    """Whether all paths of the graph from `output` back lead through `tensor`."""
     if tensor.grad_fn is None or tensor.grad_fn is output.grad_fn:
         return False
     seen, left, met = {output.grad_fn}, [output.grad_fn], False
@@ -87,15 +87,15 @@ def _all_pass(output: Tensor, tensor: Tensor) -> bool:
 
 
 def combines(many: TargetRun, width: int, primals: Sequence[Tensor]) -> bool:
-    """Say whether a pull for each unit of a narrow head, and a combination of them a target, take fewer products."""
+    """Whether a pull for each unit of a narrow head, and a combination of them a target, take fewer products."""
     count, numbers = len(many.targets), sum(p.numel() for p in primals)
     return many.linear and (count - width) * many.products > count * width * numbers
 
 
 def one_hot_rows(weight: Tensor, cotangents: Tensor) -> Tensor | None:
-    """Give cotangents ``[target batch unit]`` at a head's input for one-hot ``[target batch class]`` at its output.
+    """Return cotangents ``[target batch unit]`` at a head's input for one-hot ``[target batch class]`` at its output.
 
-    They are rows of its weight. None where the cotangents are not one-hot.
+    They are rows of its weight. `None` where the cotangents are not one-hot.
     """
     if cotangents.ndim != 3 or not readable(cotangents):
         return None

@@ -18,9 +18,9 @@ from pullback._torch.internals import (
     readable,
 )
 
-COTANGENT_BYTES = 24 * 2**20, 512 * 2**20  # bytes for those of a chunk, on a CPU and elsewhere
+COTANGENT_BYTES = 24 * 2**20, 512 * 2**20  # budget for the cotangents of a chunk, on a CPU and elsewhere
 
-MIN_TARGETS = 4  # of a chunk: fewer read the weights of late layers too often
+MIN_TARGETS = 4  # in a chunk: with fewer, the weights of late layers are read too often
 LARGE_HEAD_NUMEL = 2**14  # weights of a head, from which a pull that starts at its input is worth while
 
 
@@ -106,7 +106,7 @@ def only_targets() -> bool:
 
 
 def targets_per_chunk(running: TargetRun, device: torch.device) -> int:
-    """Cut the targets so that a chunk's cotangents, about four of the largest activation a target, keep to a budget.
+    """Return how many targets go in a chunk, so that its cotangents keep to a budget: four of the largest a target.
 
     On a CPU larger chunks are not faster, and slower with depthwise convolutions: `benchmarks/targets.py`.
     """
