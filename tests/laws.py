@@ -397,10 +397,9 @@ def options(name: str, case: Case) -> dict[str, Any]:
     parameters = inspect.signature(METHODS[name]).parameters
     layer = parameters.get("layer")
     chosen = {**declared(name).small, **case.options}
-    if layer is not None or not takes_no_layer(name) or not case.integer or {"baselines", "background"} & {*parameters}:
-        for parameter in parameters:
-            chosen |= BY_PARAMETER.get(parameter, lambda case: {})(case)
-        chosen |= SUITED.get(name, lambda case: {})(case)
+    for parameter in BY_PARAMETER.keys() & {*parameters}:
+        chosen |= BY_PARAMETER[parameter](case)
+    chosen |= SUITED.get(name, lambda case: {})(case)
     if layer is not None and (case.integer or layer.default is inspect.Parameter.empty):
         chosen["layer"] = case.layers[0]
     return chosen
@@ -410,11 +409,13 @@ class Options(dict[str, Any]):
     """The options of a small call, and what of the model a count of forwards depends on."""
 
     def __init__(self, name: str, case: Case) -> None:
-        super().__init__(options(name, case), features=3, cells=1, windows=1)
+        super().__init__(options(name, case), features=3, cells=1, windows=1, examples=2)
         self.case = case
 
     def __missing__(self, key: str) -> Any:
-        return {"channels": lambda: channels(self.case), "baselines": lambda: 2}[key]()
+        if key != "channels":
+            raise KeyError(key)
+        return channels(self.case)
 
 
 def points(name: str, case: Case) -> int:

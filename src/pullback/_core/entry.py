@@ -48,8 +48,8 @@ class Declaration:
         result: ``"attribution"`` has the structure of `x`, ``"map"`` is ``[batch 1 ...]``, ``"pairs"`` is neither.
         needs: What it needs of the model and its input; elsewhere it raises.
         small: Options that keep a call small enough for a test or a demonstration.
-        forwards: How many times a call runs the model, from its options and from ``"channels"`` of the layer,
-            ``"features"`` and ``"baselines"``, where they count.
+        forwards: How many times a call runs the model: from its options, and where it counts from the number of
+            ``"channels"`` of the layer, ``"features"``, ``"cells"``, ``"windows"`` or ``"examples"`` to compare with.
         reads: How many times more, to read a layer.
         adaptive: How many of the forwards depend on the target.
         rectifiers: It changes the backward of rectifiers, and must warn of activations that its rules do not cover.

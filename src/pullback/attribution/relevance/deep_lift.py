@@ -125,7 +125,7 @@ def _start(tree: InputTree, baseline: Any) -> Any:
     return tuple(starts.values()) if isinstance(tree.x, tuple) else starts
 
 
-@method("relevance", forwards=lambda o: 2 * o["baselines"])
+@method("relevance", forwards=lambda o: 2 * o["examples"])
 def deep_lift_shap(
     params: Params,
     model: Model,
