@@ -225,6 +225,7 @@ def last(rule: LinearRule, others: LinearRule) -> LinearRule:
 
     Example:
         >>> from pullback import lrp, params_of
+        >>> from torch.nn import functional as F
         >>> from pullback.rules import composed
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> params, x = params_of(model), torch.randn(5, 3)
