@@ -163,7 +163,7 @@ def local(arguments: argparse.Namespace) -> None:
     judge(arguments, arguments.data, network.model, examples, methods, metrics)
 
 
-# -- tables of the pages ------------------------------------------------------------------------------------------------
+# -- tables of the pages -----------------------------------------------------------------------------------------------
 
 
 def tables(arguments: argparse.Namespace) -> None:
@@ -242,8 +242,8 @@ def measured(out: Path) -> str:
     for name in public_methods():
         table = table.replace(f"\n| {name} |", f"\n| `{name}` |")
     return (
-        f"{table}\n\nIn brackets: 95 % intervals, where there is more than one photograph. *Targets* counts the classes "
-        f"explained on grids, digits and single tiles. Chance is 0.25 on grids and {ink:.2f} on digits.\n\n"
+        f"{table}\n\nIn brackets: 95 % intervals, where there is more than one photograph. *Targets* counts the "
+        f"classes explained on grids, digits and single tiles. Chance is 0.25 on grids and {ink:.2f} on digits.\n\n"
         f"**Fail the parameter randomisation test** (rank correlation of at least {FAILS}): {said}{close}.\n\n"
         f"**No better than chance on grids** (the interval of the share includes 0.25): {blind or 'none'}."
     )
