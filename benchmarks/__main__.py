@@ -109,7 +109,7 @@ def write_tables() -> None:
     from _measure import measured_on, table
 
     text, summary = (
-        ["# Results", "", "Written by `python -m benchmarks --record`; what is what: `README.md` beside it."],
+        ["# Results", "", "Written by `python -m benchmarks --record`; `README.md` beside it explains the tables."],
         [],
     )
     rows: dict[str, list[list[str]]] = {}
