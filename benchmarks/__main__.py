@@ -2,8 +2,8 @@
 
     python -m benchmarks                     all but perturbations and metrics, printed
     python -m benchmarks targets memory      some of them; also one job, such as targets-resnet50
-    python -m benchmarks --record            kept in benchmarks/results/, RESULTS.md and README's table written
-    python -m benchmarks --tables            RESULTS.md and README's table, from what is kept
+    python -m benchmarks --record            kept in benchmarks/results/, RESULTS.md and docs/results.md written
+    python -m benchmarks --tables            RESULTS.md and the table of docs/results.md, from what is kept
     python -m benchmarks --smoke             all code on the smallest inputs, for tests
 
 What is recorded takes the place of what was kept once all jobs are done: the command, given again, goes on where it was
@@ -105,11 +105,11 @@ def records() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def write_tables() -> None:
-    """Write RESULTS.md, the rows that README shows, and the figure of curves, from what is kept."""
+    """Write RESULTS.md, the table of docs/results.md, and the figure of curves, from the results that are kept."""
     from _measure import measured_on, table
 
     text, summary = (
-        ["# Results", "", "Written by `python -m benchmarks --record`; what is what: `README.md` beside it."],
+        ["# Results", "", "Written by `python -m benchmarks --record`; `README.md` beside it explains the tables."],
         [],
     )
     rows: dict[str, list[list[str]]] = {}
@@ -128,9 +128,9 @@ def write_tables() -> None:
     for on, found in rows.items():
         if found:
             summary += [table(("", "pullback", "fastest of the others", "times"), found), "", on, ""]
-    readme = ROOT / "README.md"
+    page = ROOT / "docs" / "results.md"
     between = re.compile(r"(?<=<!-- benchmarks -->\n).*?(?=\n<!-- /benchmarks -->)", re.DOTALL)
-    readme.write_text(between.sub(lambda _: "\n".join(summary).strip(), readme.read_text()))
+    page.write_text(between.sub(lambda _: "\n".join(summary).strip(), page.read_text()))
     if all((RESULTS / "cpu" / f"{job}.json").exists() for job in ("targets-resnet50", "memory")):
         from _curves import draw
 

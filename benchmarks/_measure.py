@@ -232,7 +232,7 @@ def finish(
 ) -> None:
     """Print a table and what it was measured on; write both as JSON where asked.
 
-    `headlines` are the rows that README shows: what, ours, the best of the others, and the ratio.
+    `headlines` are the rows of `docs/results.md`: what, ours, the best of the others, and the ratio.
     """
     about = machine(options.device)
     print(text)

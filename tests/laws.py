@@ -2,8 +2,8 @@
 
 A method is a public function whose first four arguments are `(params, model, x, target)`. It joins by being public.
 What it needs, and how often a call runs the model, it declares beside its code. What is not supported stands in
-`EXCEPTIONS` with the reason, and `test_laws.py` asserts that it raises: nothing is skipped. The documentation's table
-is made from the same list, by `python tests/laws.py`.
+`EXCEPTIONS` with the reason, and `test_laws.py` asserts that it raises: nothing is skipped. `python tests/laws.py`
+writes the table of `docs/limits.md` from the same list.
 """
 
 import functools
@@ -209,7 +209,7 @@ EXCEPTIONS: list[Exempt] = [
     ),
     Exempt(
         "call",
-        "there are no positions to blur, to rank or to map",
+        "there are no positions to blur or to map",
         (ValueError, TypeError),
         "`x` must|`segments` must",
         methods=lambda name: name in needs("positions"),
@@ -219,37 +219,37 @@ EXCEPTIONS: list[Exempt] = [
     ),
     Exempt(
         "call",
-        "segments are of images",
+        "it ranks segments of an image",
         ValueError,
         "`segments` must",
         methods=lambda name: name in needs("image"),
         cases=lambda case: is_one_tensor(case) and case.x.shape[2:] != (6, 6),
         who=in_backticks(needs("image")),
-        on="inputs that are no images",
+        on="inputs that are not images",
     ),
     Exempt(
         "call",
-        "there is no path from one integer to another; `integrated_gradients` with `layer` has one at the embedding",
+        "no path joins two integers; `integrated_gradients` takes a path at the embedding, by `layer`",
         TypeError,
         "`x` holds no floating-point tensor",
         methods=lambda name: name in needs("floating input") and declared(name).family == "paths",
         cases=lambda case: case.integer,
         who=in_backticks(name for name in needs("floating input") if declared(name).family == "paths"),
-        on="inputs that are integers alone",
+        on="inputs of integers only",
     ),
     Exempt(
         "call",
-        "there is nothing to add noise to",
+        "noise cannot be added to integers",
         TypeError,
         "`x` holds no floating-point tensor",
         methods=lambda name: name in needs("floating input") and declared(name).family == "cam",
         cases=lambda case: case.integer,
         who=in_backticks(name for name in needs("floating input") if declared(name).family == "cam"),
-        on="inputs that are integers alone",
+        on="inputs of integers only",
     ),
     Exempt(
         "call",
-        "words are vectors of one embedding",
+        "the path leads through the word vectors of one embedding",
         ValueError,
         "`words` must be",
         methods=lambda name: name in needs("one embedding"),
@@ -259,7 +259,7 @@ EXCEPTIONS: list[Exempt] = [
     ),
     Exempt(
         "call",
-        "the class's weights are those of a linear layer that reads the layer's channels",
+        "the weights of a class are read from a linear layer over the pooled channels",
         ValueError,
         "`head` |`layer` must have spatial axes",
         methods=lambda name: name in needs("pooled head"),
@@ -269,7 +269,7 @@ EXCEPTIONS: list[Exempt] = [
     ),
     Exempt(
         "call",
-        "it compares classes",
+        "it compares a class with others",
         ValueError,
         "`others` must",
         methods=lambda name: name in needs("classes"),
@@ -289,7 +289,7 @@ EXCEPTIONS: list[Exempt] = [
     ),
     Exempt(
         "call",
-        "the steps of a fused recurrent layer are out of sight: told, and its own derivative taken",
+        "rules cannot see the steps of a fused recurrent layer: it keeps its own derivative, and a warning says so",
         (pullback.PullbackWarning, RuntimeError),
         "do not cover `lstm`|aten::lstm",
         methods=lambda name: name in RELEVANCE,
@@ -299,37 +299,37 @@ EXCEPTIONS: list[Exempt] = [
     ),
     Exempt(
         "call",
-        "a map needs positions: the layer's activation is `[batch channel]`",
+        "a map needs positions, and the layer's activation is `[batch channel]`",
         (ValueError, RuntimeError),
         f"`layer` must have spatial axes|{RECOMPUTES}",
         methods=lambda name: name in needs("positions at the layer"),
         cases=lambda case: case.name in WITHOUT_POSITIONS,
-        who="`grad_cam` and its kin",
+        who="class activation maps",
         on="layers without spatial axes or tokens",
     ),
     Exempt(
         "call",
-        "a map is of one input: name a `layer`, or use `gradient`",
+        "a map belongs to one input: name a `layer`, or use `gradient`",
         TypeError,
         "`x` holds several",
         methods=lambda name: name in needs("one map"),
         cases=lambda case: case.name in ("two inputs", "keyword inputs"),
-        who="`saliency` and methods that lay masks over the input",
+        who="`saliency` and methods that mask the input",
         on="several floating-point inputs",
     ),
     Exempt(
         "call",
-        "there is nothing to move or to differentiate; methods with `layer` explain an embedding's output",
+        "integers cannot be differentiated; methods with `layer` explain the output of an embedding",
         TypeError,
         "`x` holds no floating-point tensor",
         methods=lambda name: takes_no_layer(name) and name not in needs("self-attention"),
         cases=lambda case: case.integer,
         who="methods without `layer`",
-        on="inputs that are integers alone",
+        on="inputs of integers only",
     ),
     Exempt(
         "call",
-        "`torch.func` refuses the saved-tensor hooks by which it recomputes: right, or an error",
+        "`torch.func` refuses the saved-tensor hooks of recomputation: the result is right, or an error",
         RuntimeError,
         RECOMPUTES,
         cases=lambda case: case.name == "checkpoint",
@@ -338,7 +338,7 @@ EXCEPTIONS: list[Exempt] = [
     ),
     Exempt(
         "compile",
-        "its compiler traces no function mode, by which operations are seen",
+        "its compiler cannot trace the function mode that sees the operations",
         torch._dynamo.exc.TorchDynamoException,
         "from user code",
         on="torch 2.0",
@@ -346,21 +346,21 @@ EXCEPTIONS: list[Exempt] = [
     ),
     Exempt(
         "compile",
-        "how many groups there are is read from `feature_mask`; without them it compiles",
+        "the number of groups is read from the values of `feature_mask`; without a mask it compiles",
         torch._dynamo.exc.TorchDynamoException,
         "data-dependent",
         methods=lambda name: name in GROUPED,
         who="methods over features",
-        on="groups of features",
+        on="groups of features (`feature_mask`)",
     ),
     Exempt(
         "params",
-        "`vmap` cannot write a batched tensor into one that is not",
+        "`vmap` cannot write a batched tensor into one that is not batched",
         RuntimeError,
         "doesn't match the broadcast shape",
         methods=lambda name: name not in needs("positions"),  # its input has none
         cases=lambda case: case.name == "adds a parameter in place",
-        on="in-place operations that bring parameters to what has met none (`y = x.clone(); y += w`)",
+        on="a parameter that is added in place to a tensor that depends on no parameter (`y = x.clone(); y += w`)",
     ),
 ]
 
@@ -473,13 +473,13 @@ def pairs(transform: str = "call") -> list[Any]:
 
 
 def exceptions_table() -> str:
-    """README's table, a row for each entry of `EXCEPTIONS`."""
+    """The table of `docs/limits.md`, a row for each entry of `EXCEPTIONS`."""
     rows = [f"| {TRANSFORMS[e.transform]} | {e.who} | {e.on} | {e.reason} |" for e in EXCEPTIONS]
     return "\n".join(["| not supported | by | on | because |", "|---|---|---|---|", *dict.fromkeys(rows)])
 
 
-README = Path(__file__).parent.parent / "README.md"
+LIMITS = Path(__file__).parent.parent / "docs" / "limits.md"
 BETWEEN = re.compile(r"(?<=<!-- exceptions -->\n).*?(?=\n<!-- /exceptions -->)", re.DOTALL)
 
-if __name__ == "__main__":  # write the table into README
-    README.write_text(BETWEEN.sub(lambda _: exceptions_table(), README.read_text("utf-8")), "utf-8")
+if __name__ == "__main__":  # write the table into the page
+    LIMITS.write_text(BETWEEN.sub(lambda _: exceptions_table(), LIMITS.read_text("utf-8")), "utf-8")

@@ -720,15 +720,15 @@ def test_the_command_on_local_data(voc_root, capsys):
     assert {r["metric_options"] for r in rows} == {"tolerance=15.0", ""}
 
 
-def test_the_readme_block(tmp_path):
+def test_the_tables_of_the_pages(tmp_path):
     model, found = network(), [corner(str(k), seed=k) for k in range(3)]
     table = {"gradient": Entry(pullback.gradient), "edges (control)": Entry(methods.edges)}
     for name, chosen in (("mosaics", command.INSIDE), ("digits", command.ON_INK), ("tiles", command.REDRAWN)):
         rows = evaluation.run(model, found, table, chosen, out=tmp_path / name, dataset=name)
         evaluation.write_table(rows, tmp_path / name / "results.csv")
-    file = tmp_path / "README.md"
+    file = tmp_path / "results.md"
     file.write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
-    assert command.main(["readme", str(file), "--out", str(tmp_path)]) == 0
+    assert command.main(["tables", str(file), "--out", str(tmp_path)]) == 0
     text = file.read_text()
     assert text.startswith("before\n<!-- measured -->\n| method |")
     assert text.endswith("<!-- /measured -->\nafter\n")
@@ -737,9 +737,9 @@ def test_the_readme_block(tmp_path):
     assert "1.00 (1.00 to 1.00) | 6 / 6 / 6 |" in text.split("edges (control)")[1].splitlines()[0]  # blind to weights
     (tmp_path / "none.md").write_text("")
     with pytest.raises(Problem, match="no lines <!-- measured -->"):
-        command.readme(command.parser().parse_args(["readme", str(tmp_path / "none.md")]))
+        command.tables(command.parser().parse_args(["tables", str(tmp_path / "none.md")]))
     file.write_text("<!-- agreement -->\n\n<!-- /agreement -->\n")
-    assert command.main(["readme", str(file), "--out", str(tmp_path)]) == 0
+    assert command.main(["tables", str(file), "--out", str(tmp_path)]) == 0
     assert "| gradient | 76.3 | 72.3 |" in file.read_text()
     assert command._likeness([1.0, 2.0, 2.0, 5.0], [0.1, 0.3, 0.3, 0.4]) == pytest.approx(1)
     assert command._likeness([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)

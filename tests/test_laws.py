@@ -109,8 +109,8 @@ def test_every_exception_excepts_something():
             ), entry
 
 
-def test_readme_carries_the_table_of_exceptions():
-    between = laws.BETWEEN.search(laws.README.read_text("utf-8"))
+def test_the_limits_page_has_the_table_of_exceptions():
+    between = laws.BETWEEN.search(laws.LIMITS.read_text("utf-8"))
     assert between is not None
     assert between.group() == laws.exceptions_table(), "run `python tests/laws.py`"
 

@@ -1,8 +1,8 @@
 """Run the benchmark.
 
-    python -m pullback.evaluation all                 what the README shows: mosaics, digits, sanity
+    python -m pullback.evaluation all                 the run behind docs/results.md: mosaics, digits, sanity
     python -m pullback.evaluation all --quick         the same on little, to see that it works
-    python -m pullback.evaluation readme README.md    write what was found into the marked block of a file
+    python -m pullback.evaluation tables docs/results.md docs/evaluation.md    write the tables into these pages
     python -m pullback.evaluation voc VOCdevkit/VOC2007 --model package:factory --method grad_cam --layer features.29
     python -m pullback.evaluation coco val2014 instances_val2014.json --model package:factory --difficult
     python -m pullback.evaluation folder IMAGES MASKS --method grad_cam
@@ -163,13 +163,17 @@ def local(arguments: argparse.Namespace) -> None:
     judge(arguments, arguments.data, network.model, examples, methods, metrics)
 
 
-# -- README ------------------------------------------------------------------------------------------------------------
+# -- tables of the pages -----------------------------------------------------------------------------------------------
 
 
-def readme(arguments: argparse.Namespace) -> None:
-    """Write what `all` found into the marked blocks of a file."""
-    file, out, found = Path(arguments.file), Path(arguments.out), False
-    text = file.read_text(encoding="utf-8")
+def tables(arguments: argparse.Namespace) -> None:
+    """Write the results of `all` into the marked blocks of each file."""
+    for file in arguments.files:
+        _write_blocks(Path(file), Path(arguments.out))
+
+
+def _write_blocks(file: Path, out: Path) -> None:
+    text, found = file.read_text(encoding="utf-8"), False
     for mark, block in (("measured", measured), ("agreement", agreement)):
         between = re.compile(rf"(?<=<!-- {mark} -->\n).*?(?=\n<!-- /{mark} -->)", re.DOTALL)
         if between.search(text):
@@ -187,8 +191,8 @@ def found_in(out: Path, name: str) -> dict[str, list[Summary]]:
 
 
 def agreement(out: Path) -> str:
-    """The published pointing game beside what was found on mosaics and digits, and how alike the rankings are."""
-    ours = {"mosaics, share": ("mosaics", "energy"), "mosaics, peak": ("mosaics", "pointing"),
+    """The published pointing game beside our results, and the rank correlation of the two."""
+    ours = {"grid, share": ("mosaics", "energy"), "grid, peak": ("mosaics", "pointing"),
             "digits, share": ("digits", "energy"), "digits, peak": ("digits", "pointing")}  # fmt: skip
     columns = {head: {s.method: s.mean for s in found_in(out, name)[metric]} for head, (name, metric) in ours.items()}
     lines = ["| | VGG-16 | ResNet-50 | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
@@ -213,22 +217,22 @@ def _likeness(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def measured(out: Path) -> str:
-    """The README's block: all methods on mosaics and digits, and which fail the randomisation test."""
+    """The block of `docs/results.md`: all methods on grids and digits, and which fail the randomisation test."""
     found = {name: found_in(out, name) for name in ("mosaics", "digits", "tiles")}
     columns = {
-        "mosaics: share in its tile": found["mosaics"]["energy"],
-        "mosaics: peak in its tile": found["mosaics"]["pointing"],
+        "grid: share in its tile": found["mosaics"]["energy"],
+        "grid: peak in its tile": found["mosaics"]["pointing"],
         "digits: share on the ink": found["digits"]["energy"],
         "digits: ink among the highest": found["digits"]["rank"],
-        "weights redrawn": found["tiles"]["likeness"],
+        "parameter randomisation": found["tiles"]["likeness"],
     }
     ink = np.mean([summary.chance for summary in columns["digits: share on the ink"]])
-    likeness = [s for s in columns["weights redrawn"] if "control" not in s.method]
+    likeness = [s for s in columns["parameter randomisation"] if "control" not in s.method]
     fails = sorted((s for s in likeness if s.mean >= FAILS), key=lambda s: -s.mean)
     unsure = sorted((s for s in likeness if s.mean < FAILS <= s.high), key=lambda s: -s.mean)
     said = ", ".join(f"`{s.method}` ({s.mean:.2f})" for s in fails) or "none"
     close = "; the interval of " + ", ".join(f"`{s.method}`" for s in unsure) + " reaches it" if unsure else ""
-    energy = columns["mosaics: share in its tile"]
+    energy = columns["grid: share in its tile"]
     blind = ", ".join(f"`{s.method}`" for s in energy if s.groups > 1 and s.low <= 0.25 and "control" not in s.method)
     counts = [{s.method: s.count + s.undefined for s in found[n][h]} for n, h in
               (("mosaics", "energy"), ("digits", "energy"), ("tiles", "likeness"))]  # fmt: skip
@@ -238,11 +242,10 @@ def measured(out: Path) -> str:
     for name in public_methods():
         table = table.replace(f"\n| {name} |", f"\n| `{name}` |")
     return (
-        f"{table}\n\nIn brackets 95 % intervals, where there is more than one photograph; *targets* counts classes "
-        f"explained on mosaics, digits and single tiles. Chance is 0.25 on mosaics and {ink:.2f} on digits.\n\n"
-        f"**Fail the randomisation test** (likeness of at least {FAILS} after all weights are drawn anew): {said}"
-        f"{close}."
-        f"\n\n**No better than chance on mosaics** (the interval of the share reaches 0.25): {blind or 'none'}."
+        f"{table}\n\nIn brackets: 95 % intervals, where there is more than one photograph. *Targets* counts the "
+        f"classes explained on grids, digits and single tiles. Chance is 0.25 on grids and {ink:.2f} on digits.\n\n"
+        f"**Fail the parameter randomisation test** (rank correlation of at least {FAILS}): {said}{close}.\n\n"
+        f"**No better than chance on grids** (the interval of the share includes 0.25): {blind or 'none'}."
     )
 
 
@@ -286,10 +289,10 @@ def parser() -> argparse.ArgumentParser:
         add("--difficult", action="store_true", help="only the difficult subset of VOC or COCO")
         add("--listed", metavar="FILE", help="a list of the difficult subset, instead of its definition")
         add("--image-set", default="test", metavar="NAME", help="of VOC (%(default)s)")
-    command = commands.add_parser("readme", help="write the measured table into a file")
-    command.add_argument("file")
+    command = commands.add_parser("tables", help="write the tables of results into the marked blocks of files")
+    command.add_argument("files", nargs="+", metavar="FILE")
     command.add_argument("--out", default="out/evaluation", metavar="DIR", help="where the results are (%(default)s)")
-    command.set_defaults(run=readme)
+    command.set_defaults(run=tables)
     return top
 
 
